@@ -234,10 +234,10 @@ def schedulers_page() -> str:
         schedulers take, and a schedule cannot be combined with `timesteps` or `sigmas`. What no
         base model could do is refused before the job is queued. The worker refuses a scheduler for
         another kind of model, and the error names both: `edm_*` need a base that was trained with
-        EDM, such as Playground 2.5, and `flow_match_*` a flow-matching one, which SDXL is not. It
-        also refuses what diffusers would draw as noise: `beta`, and `ddim` with `eta` 1, on a base
-        with zero terminal SNR, and `ddim`, `ddpm` and `pndm` with a few numbers of steps, such as
-        61, if the spacing is `trailing`.
+        EDM, such as Playground 2.5, and `flow_match_*` a flow-matching one; Z-Image takes
+        `flow_match_euler` alone. The worker also refuses what diffusers would draw as noise:
+        `beta`, and `ddim` with `eta` 1, on a base with zero terminal SNR, and `ddim`, `ddpm` and
+        `pndm` with a few numbers of steps, such as 61, if the spacing is `trailing`.
 
         `ddpm` is the method of `euler_ancestral`, and `pndm` is PLMS. One step of `dpm_2`,
         `dpm_2_ancestral`, `dpmpp_sde` and `heun` takes as long as two of the others.

@@ -1,4 +1,4 @@
-"""Queue SDXL images with LoRAs; each result has the images and a receipt.
+"""Queue images with LoRAs; each result has the images and a receipt.
 
 from zlora import Client
 

@@ -61,6 +61,9 @@ def _require_chat(request: GenerateRequest, base: str) -> None:
         expected = f"Expected none without guidance: with `guidance_scale` 0 {base} reads none"
         raise invalid("$.negative_prompt", request.negative_prompt, expected)
     for index, spec in enumerate(request.loras):
+        if spec.blocks:
+            expected = f"Expected none: the names are of blocks of a UNet, which {base} has not"
+            raise invalid(f"$.loras[{index}].blocks", spec.blocks, expected)
         if spec.text_encoder_weight:
             expected = f"Expected 0 or none: LoRAs of {base} have no text encoder"
             path = f"$.loras[{index}].text_encoder_weight"
@@ -68,6 +71,3 @@ def _require_chat(request: GenerateRequest, base: str) -> None:
     if request.upscale is not None and request.upscale.mode == "latent":
         expected = f"Expected image: diffusers does not start from latents of {base}"
         raise invalid("$.upscale.mode", "latent", expected)
-    if request.previews:
-        expected = f"Expected false: images of {base} have no previews"
-        raise invalid("$.previews", request.previews, expected)

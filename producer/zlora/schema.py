@@ -144,7 +144,7 @@ class LoraSpec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
     unet_weight: Weight | None = None
     """Strength in the UNet, or in the transformer of Z-Image; `weight` by default."""
     text_encoder_weight: Weight | None = None
-    """Strength in both text encoders; `weight` by default, 0 if the strength changes over steps."""
+    """Strength in the text encoders; `weight` by default, 0 if the strength changes over steps."""
     start: Share = 0.0
     """Share of the drawn steps before which the LoRA is not in the UNet; 0 by default."""
     end: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -258,7 +258,7 @@ class GenerateRequest(
     """One job. Unknown fields are refused, so that a misspelt field is never a silent default."""
 
     prompt: Text
-    """What to draw, at most 10,000 characters in at most 10 windows of 75 tokens."""
+    """What to draw, up to 10,000 characters, 10 windows of 75 tokens, or 512 tokens for Z-Image."""
     negative_prompt: Text = ""
     """What not to draw, with the same bounds; empty by default."""
     prompt_syntax: PromptSyntax = "plain"

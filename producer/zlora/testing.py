@@ -67,7 +67,9 @@ Draw = Callable[[str, GenerateRequest, Progress], GenerateResult]
 """Makes the result of a job from its id and request; may raise any `ZloraError`."""
 
 _EMPTY_SHA256: Final = hashlib.sha256(b"").hexdigest()
-_NATIVE_SIDE: Final = 1024  # pixels; SDXL's
+# What the base model of a worker without a record says.
+_NATIVE_SIDE: Final = 1024  # pixels
+_BASE: Final = "SDXL"
 _MEDIA_TYPES: Final = {name: media_type for media_type, name in CONTENT_TYPES.items()}
 
 
@@ -108,7 +110,8 @@ class MemoryWorker:
 
     A worker that is `paused` runs jobs only in `run`. `webhooks` has the webhooks that a worker
     would post; none is sent. `clock` returns seconds since the epoch; it decides which jobs expire.
-    `info` is what the queue serves, for the checks of a client.
+    `info` is what the queue serves, for the checks of a client, and for size, steps and guidance
+    scale of requests that name none.
     """
 
     queue = QUEUE
@@ -122,7 +125,7 @@ class MemoryWorker:
         info: QueueInfo | None = None,
     ) -> None:
         self.webhooks: list[Posted] = []
-        self._draw = draw or _draw_fake
+        self._draw = draw or partial(_draw_fake, info=info)
         self._paused = paused
         self._clock = clock
         self._info = info
@@ -322,16 +325,21 @@ class MemoryWorker:
             notify()
 
 
-def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
+def fake_result(
+    job_id: str, request: GenerateRequest, *, info: QueueInfo | None = None
+) -> GenerateResult:
     """Return a result with all fields of a worker's, receipts, and images without bytes.
 
-    URLs begin with `https://pictures.invalid/`, which never resolves (RFC 2606).
+    `info` is what the queue serves, by default SDXL. URLs begin with `https://pictures.invalid/`,
+    which never resolves (RFC 2606).
     """
     if request.sweep is not None:
-        return _fake_sweep(job_id, request)
+        return _fake_sweep(job_id, request, info)
+    request_sha256, request = digest_of(request), _with_defaults(request, info)
     now, seed = time.time(), request.seed_for(job_id)
     images, loras, receipts = [], [], []
-    width, height = request.width or _NATIVE_SIDE, request.height or _NATIVE_SIDE
+    width = request.width or (info.width if info else _NATIVE_SIDE)
+    height = request.height or (info.height if info else _NATIVE_SIDE)
     if request.upscale is not None:
         width, height = request.upscale.size(width, height)
     for index in range(request.num_images):
@@ -390,11 +398,11 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
         seed=seed,
         timings={phase.value: 0.0 for phase in TIMED_PHASES},
         base_intact=True,
-        model=request.model or "zlora.testing",
+        model=request.model or (info.model if info else "zlora.testing"),
         versions={"z-image-lora": version("z-image-lora")},
         started_at=now,
         finished_at=now,
-        request_sha256=digest_of(request),
+        request_sha256=request_sha256,
         request=structs.replace(
             request,
             loras=tuple(loras),
@@ -403,9 +411,9 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
                 name: Asset(url=found.source, sha256=found.sha256) for name, found in inputs.items()
             },
         ),
-        base="SDXL",
+        base=info.base if info else _BASE,
         base_sha256=_EMPTY_SHA256,
-        scheduler=request.scheduler or "none",
+        scheduler=request.scheduler or (info.scheduler if info else "none"),
         device="none",
         dtype="none",
         prompt_receipt=PromptReceipt(tokens=0, windows=1),
@@ -417,10 +425,17 @@ def fake_result(job_id: str, request: GenerateRequest) -> GenerateResult:
     )
 
 
-def _fake_sweep(job_id: str, request: GenerateRequest) -> GenerateResult:
+def _with_defaults(request: GenerateRequest, info: QueueInfo | None) -> GenerateRequest:
+    """Return the request with the steps and the guidance scale of the base, as results have it."""
+    if info is None:
+        return request.with_defaults()
+    return request.with_defaults(steps=info.num_inference_steps, guidance_scale=info.guidance_scale)
+
+
+def _fake_sweep(job_id: str, request: GenerateRequest, info: QueueInfo | None) -> GenerateResult:
     """Return the result of a sweep: the image of each cell, and all their LoRAs."""
     results = [
-        fake_result(job_id, structs.replace(cell, seed=cell.seed_for(job_id)))
+        fake_result(job_id, structs.replace(cell, seed=cell.seed_for(job_id)), info=info)
         for cell in request.cells
     ]
     images = [
@@ -481,8 +496,11 @@ def _fake_embedding(spec: EmbeddingSpec, index: int, prompts: str) -> EmbeddingR
     )
 
 
-def _draw_fake(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
-    steps = request.total_steps
+def _draw_fake(
+    job_id: str, request: GenerateRequest, progress: Progress, *, info: QueueInfo | None = None
+) -> GenerateResult:
+    cells = [_with_defaults(cell, info) for cell in request.cells]
+    steps = request.num_images * sum(cell.all_steps for cell in cells)
     progress(Phase.DENOISE.progress_name, 0, steps)
     progress(Phase.DENOISE.progress_name, steps, steps)
-    return fake_result(job_id, request)
+    return fake_result(job_id, request, info=info)

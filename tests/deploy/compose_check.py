@@ -78,6 +78,7 @@ def problems() -> Iterator[str]:
         yield from (f"{title}: {problem}" for problem in _stack(stack))
     if len(stacks) == len(_STACKS):
         yield from _devices(stacks)
+        yield from _models()
         yield from _secrets(stacks["all profiles"])
         yield from images.problems(ROOT, stacks["all profiles"]["services"])
 
@@ -187,6 +188,22 @@ def _devices(stacks: Mapping[str, Any]) -> Iterator[str]:
     worker = stacks["cpu"]["services"]["worker"]
     if worker.get("deploy") or worker["environment"]["ZLORA_MODEL"] != "demo":
         yield "cpu: expected the demo model and no GPU"
+
+
+def _models() -> Iterator[str]:
+    """Check that a worker has the base models that `.env` names, and SDXL if it names none."""
+    for dotenv in (
+        {},
+        {"ZLORA_MODEL": "owner/other"},
+        {"ZLORA_MODELS": "a=owner/a,b=/models/b", "ZLORA_MODELS_BYTES": "1000"},
+    ):
+        stack = json.loads(config(ROOT, "-f", "docker-compose.yml", **dotenv).stdout)
+        environ = stack["services"]["worker"]["environment"]
+        given = {name: value for name, value in environ.items() if name.startswith("ZLORA_MODEL")}
+        found, expected = Settings.from_env(given), Settings.from_env(dotenv)
+        for field in ("model", "model_revision", "models", "models_bytes"):
+            if getattr(found, field) != getattr(expected, field):
+                yield f"{dotenv}: the worker has {field} {getattr(found, field)}"
 
 
 def _secrets(stack: Mapping[str, Any]) -> Iterator[str]:

@@ -36,6 +36,7 @@ VARIABLES: Final = {"__rate_interval": "1m", "__range": "3h", "queue": ".+", "in
 # Panels that may be empty, and when.
 MAY_BE_EMPTY: Final = {
     "Failures by code": "no job has failed",
+    "Changes of the base model in the time shown": "there is one base model",
     "GPU memory": "there is no NVIDIA GPU",
     "GPU busy": "there is no NVIDIA GPU",
     "Alerts": "no alert fires",

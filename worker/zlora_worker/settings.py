@@ -342,7 +342,7 @@ class Settings:
         "ZLORA_COMPILE",
         default="off",
         read=parsers.one_of("off", "blocks", "graphs"),
-        note="Compilation of the UNet by PyTorch at the start, which needs a C compiler: `blocks` "
+        note="Compilation of the denoiser by PyTorch at the start; needs a C compiler. `blocks` "
         "compiles its transformer blocks, `graphs` also records them as CUDA graphs and merges "
         "LoRAs in place. Last bits of images differ. See docs/operations.md.",
     )

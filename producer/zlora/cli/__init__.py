@@ -34,7 +34,7 @@ from zlora.cli.commands import Commands
 @click.group(cls=Commands)
 @click.version_option(package_name="z-image-lora")
 def main() -> None:
-    """Draw SDXL images with LoRAs, by a queue of jobs and the workers that serve it.
+    """Draw images with LoRAs, by a queue of jobs and the workers that serve it.
 
     The broker is that of ZLORA_BROKER_URL, else that of a running `zlora up`, else Redis on this
     machine.

@@ -465,7 +465,8 @@ def _serves(found: Environment) -> Check:
         info = JobStore(client, found.queue).queue_info()
     if info is None:
         return skipped("serves", "no worker of the queue has run in the last hour")
-    told = f"{info.base or 'unknown base model'}: {info.model}, {info.width}x{info.height} pixels"
+    names = ", ".join(info.models) or info.model
+    told = f"{info.base or 'unknown base model'}: {names}, {info.width}x{info.height} pixels"
     return ok("serves", f"{told}; `zlora info` prints the rest")
 
 

@@ -111,8 +111,8 @@ def _file_facts(result: GenerateResult) -> list[tuple[str, str]]:
 def _cells(receipt: LoraReceipt) -> tuple[str, ...]:
     unet, text, norm = receipt.unet_weight, receipt.text_encoder_weight, receipt.relative_norm
     weight = f"{unet:g}"
-    if unet != text:
-        weight = f"{unet:g} in unet, {text:g} in text encoders"
+    if unet != text and any(name.startswith("text_encoder") for name in receipt.modules):
+        weight = f"{unet:g}, {text:g} in text encoders"
     modules = [f"{count} in {component}" for component, count in receipt.modules.items()]
     return (
         receipt.source,

@@ -19,6 +19,7 @@ _MAX_TENSORS: Final = 20_000
 _MAX_NAME: Final = 300  # characters
 # Families of base models that workers may have.
 SD1, SD2, SDXL, Z_IMAGE = "SD 1.x", "SD 2.x", "SDXL", "Z-Image"
+FAMILIES: Final = (SDXL, SD1, SD2, Z_IMAGE)
 LUMINA: Final = "Lumina 2"
 LUMINA_OR_Z_IMAGE: Final = f"{LUMINA} or {Z_IMAGE}"  # whose layers have the same names
 # Family by the width of cross-attention, which is the width of the text encoders' output.
@@ -176,6 +177,12 @@ def describe(header: Header, *, source: str, size: int) -> LoraInfo:
         if shapes and shapes[0][0]:
             ranks.add(shapes[0][0])
     detected = detect_base_model(header)
+    # Trainers of transformers write the prefixes of a UNet, too.
+    denoiser = "transformer" if detect_by_layer_names(header) else "unet"
+    components = Counter(
+        denoiser if component in key_names.DENOISERS else component
+        for component in map(key_names.component_of, modules)
+    )
     recipe = recipe_of_header(header.metadata) or recipe_of_address(source)
     return LoraInfo(
         source=source,
@@ -186,7 +193,7 @@ def describe(header: Header, *, source: str, size: int) -> LoraInfo:
         base=detected.family if detected else None,
         trigger_words=trigger_words(header.metadata),
         recipe=recipe.name if recipe else None,
-        modules=dict(Counter(map(key_names.component_of, modules))),
+        modules=dict(components),
     )
 
 

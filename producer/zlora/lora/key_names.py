@@ -37,6 +37,7 @@ PREFIXES: Final[dict[str, tuple[str, ...]]] = {
         "text_encoders_clip_g_transformer",
     ),
 }
+DENOISERS: Final = ("unet", "transformer")  # which share prefixes
 SINGLE_TEXT_ENCODER: Final = "lora_te"  # kohya's prefix for models with one text encoder
 
 # Suffixes of tensor names, and the part that the tensor is; "" is the suffix itself. peft may

@@ -107,7 +107,6 @@ class Preflight:
         Addresses that only a worker opens, files that require a token, and LoRAs with the weight 0
         are not checked.
         """
-        base = base or base_model.SDXL
         checked = set[tuple[object, ...]]()
         for index, spec in chain.from_iterable(enumerate(cell.loras) for cell in request.cells):
             # All that the check depends on: images of a sweep mostly have the same files.
@@ -124,7 +123,8 @@ class Preflight:
             address, name = embedding.file.address, without_secrets(embedding.file.address)
             try:
                 if header := self._header(address):
-                    read_embeddings(header, name, base=base, token=embedding.token)
+                    family = base or base_model.SDXL
+                    read_embeddings(header, name, base=family, token=embedding.token)
             except LoraError as error:
                 error.add_details(index=index, field="embeddings")
                 raise
@@ -140,19 +140,19 @@ class Preflight:
                 return None
             raise
 
-    def _check(self, spec: LoraSpec, *, base: str) -> None:
+    def _check(self, spec: LoraSpec, *, base: str | None) -> None:
         if (header := self._header(spec.file.address)) is None:
             return
         name = without_secrets(spec.file.address)
         base_model.require_lora(header, name)
+        family, known = base or base_model.SDXL, f"the base model of the queue is {base}"
+        if base is None:
+            known = f"the base model of the queue is not known, and taken for {family}"
         if any(map(is_embedding, header.tensors)):
-            read_embeddings(header, name, base=base, beside_lora=True)
+            read_embeddings(header, name, base=family, beside_lora=True)
         detected = base_model.detect_base_model(header)
-        if spec.strict and detected and not base_model.is_for(detected.family, base):
-            raise LoraMismatch(
-                f"{name}: {detected.clause}; the base model of the queue is {base}",
-                {"base": detected.family},
-            )
+        if spec.strict and detected and not base_model.is_for(detected.family, family):
+            raise LoraMismatch(f"{name}: {detected.clause}; {known}", {"base": detected.family})
         info = base_model.describe(header, source=name, size=0)
         spec.require_constant_text(info.modules, name)
 

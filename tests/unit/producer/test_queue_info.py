@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 from support.processes import free_port
 from zlora import Client, GenerateRequest, Preflight, QueueInfo, served
+from zlora.base_limits import BaseLimits
 from zlora.broker.job_store import JobStore, connect
 from zlora.broker.keys import queue_info_key
 from zlora.cli import main
@@ -80,6 +81,30 @@ def test_a_request_that_the_queue_does_not_serve_is_refused_before_it_is_queued(
     assert raised.value.details["path"] == f"$.{field}"
     assert str(value) in raised.value.details["value"]
     assert not worker.requests
+
+
+CHAT = msgspec.structs.replace(
+    INFO, base="Z-Image", limits=BaseLimits(side_step=16, prompts="chat"), guidance_scale=0.0
+)
+
+
+def test_blocks_of_a_unet_are_refused_for_a_base_that_has_none() -> None:
+    worker = MemoryWorker(info=CHAT)
+    spec = {"file": {"url": "lora://watercolor"}, "blocks": {"down.1": 0.5}}
+
+    with pytest.raises(InvalidRequest, match="blocks of a UNet, which Z-Image has not") as raised:
+        worker.client().submit({"prompt": "a", "loras": [spec]})
+
+    assert raised.value.details["path"] == "$.loras[0].blocks"
+    assert not worker.requests
+
+
+def test_a_base_without_a_unet_has_previews() -> None:
+    worker = MemoryWorker(info=CHAT)
+
+    worker.client().submit({"prompt": "a", "previews": True})
+
+    assert len(worker.requests) == 1
 
 
 def test_a_sweep_is_refused_if_the_queue_does_not_serve_one_of_its_images() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 import redis
-from zlora import Client, webhook
+from zlora import Client, QueueInfo, webhook
+from zlora.base_limits import BaseLimits
 from zlora.client import Priority
 from zlora.errors import (
     Conflict,
@@ -485,6 +486,65 @@ def test_a_fake_result_has_the_size_of_the_second_pass() -> None:
     (image,) = fake_result("job", request).images
 
     assert (image.width, image.height) == (1024, 512)
+
+
+Z_IMAGE = QueueInfo(
+    base="Z-Image",
+    model="z",
+    models=("z", "another"),
+    base_sha256="0" * 64,
+    width=512,
+    height=768,
+    scheduler="FlowMatchEulerDiscreteScheduler",
+    num_inference_steps=9,
+    guidance_scale=0.0,
+    limits=BaseLimits(side_step=16, prompts="chat"),
+    schedulers=("flow_match_euler",),
+    timeout=60,
+    url_policies=("key",),
+    url_expires_in=3600,
+    versions={},
+    loaded_at=1.0,
+)
+
+
+@pytest.mark.parametrize("sweep", [None, {"seed": [1, 2]}])
+def test_what_a_request_does_not_name_is_what_the_queue_serves(
+    sweep: dict[str, Any] | None,
+) -> None:
+    with MemoryWorker(info=Z_IMAGE).client() as client:
+        job = client.submit({"prompt": "a cat", "sweep": sweep})
+        result = job.result(timeout=0)
+
+    drawn = result.cells[0].request if sweep else result.request
+    assert drawn
+    assert (result.base, result.model, result.scheduler) == ("Z-Image", "z", Z_IMAGE.scheduler)
+    assert (drawn.num_inference_steps, drawn.guidance_scale) == (9, 0.0)
+    assert {(image.width, image.height) for image in result.images} == {(512, 768)}
+    assert result.request_sha256 == digest_of(parse_request({"prompt": "a cat", "sweep": sweep}))
+
+
+def test_what_a_request_names_is_not_changed_by_what_the_queue_serves() -> None:
+    given = {"num_inference_steps": 4, "guidance_scale": 2.0, "width": 64, "height": 96}
+
+    with MemoryWorker(info=Z_IMAGE).client() as client:
+        result = client.submit({"prompt": "a", "model": "another", **given}).result(timeout=0)
+
+    assert result.request
+    assert {name: getattr(result.request, name) for name in given} == given
+    assert result.model == "another"
+
+
+def test_a_fake_job_has_the_steps_of_the_base_that_is_served() -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def draw(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
+        return _draw_fake(job_id, request, lambda *report: seen.append(report), info=Z_IMAGE)
+
+    with MemoryWorker(draw=draw).client() as client:
+        client.submit({"prompt": "a cat", "num_images": 2})
+
+    assert seen[-1] == ("denoising", 18, 18)
 
 
 def test_a_fake_job_has_the_steps_that_are_drawn() -> None:

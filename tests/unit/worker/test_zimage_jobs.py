@@ -250,7 +250,6 @@ HOSTILE: Final[tuple[tuple[dict[str, Any], str], ...]] = (
         for name in ("mid", "down.1", "IN04", "layers.0")
     ),
     # others
-    ({"previews": True}, "$.previews"),
     ({"mask": URL}, "$.mask"),
     ({"strength": 0.5}, "$.strength"),
     ({"image": URL, "strength": 0.2, "num_inference_steps": 4}, "$.strength"),

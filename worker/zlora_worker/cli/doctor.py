@@ -5,6 +5,7 @@ To add a check, write a function that takes the name of the check and the settin
 """
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -18,10 +19,12 @@ from typing import Final
 
 from zlora import config
 from zlora.cli.doctor import Check, doubtful, failed, ok, skipped, software
-from zlora.errors import CacheFull, InvalidSetting, ModelUnavailable
+from zlora.errors import CacheFull, InvalidSetting, ModelUnavailable, NotSafetensors
+from zlora.lora.key_names import DENOISERS
+from zlora.lora.safetensors_header import read_header
 from zlora.redaction import without_secrets
 
-from zlora_worker.settings import Settings
+from zlora_worker.settings import DEMO_MODEL, Settings
 
 _PACKAGES: Final = (
     "torch",
@@ -36,8 +39,16 @@ _PACKAGES: Final = (
 _NEEDED: Final = ("torch", "diffusers", "transformers", "boto3", "ssrfguard")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _GB: Final = 10**9
-_SDXL_MEMORY: Final = 9 * _GB  # of a GPU: SDXL in fp16, and room to draw
-_SDXL_DOWNLOAD: Final = 7 * _GB  # SDXL's files in fp16 on the hub
+_ROOM: Final = 2 * _GB  # of a GPU: to draw an image, beside the weights
+# Weights of published models in billions, without what workers leave out; two bytes each.
+_PUBLISHED: Final = {
+    "stabilityai/stable-diffusion-xl-base-1.0": 3.5,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 1.1,
+    "Tongyi-MAI/Z-Image-Turbo": 10.3,
+}
+_FEWEST: Final = min(_PUBLISHED.values())  # of any model
+_COMPONENTS: Final = (*DENOISERS, "text_encoder", "text_encoder_2", "vae")
+_VAE_IN_FILE: Final = "first_stage_model."  # prefix of a component that is not in a denoiser's file
 
 
 def checks(environ: Mapping[str, str]) -> Iterator[Check]:
@@ -114,13 +125,12 @@ def _device(name: str, settings: Settings) -> Check:
 def _torch_device(name: str, settings: Settings) -> Check:
     import torch
 
-    is_demo, count = settings.model == "demo", torch.cuda.device_count()
-    if settings.device == "cpu" or (settings.device == "auto" and not count):
+    if _draws_on_cpu(settings):
         told = f"CPU, {torch.get_num_threads()} threads"
-        if is_demo:
+        if all(each.model == "demo" for each in _each_model(settings)):
             return ok(name, f"{told}, which is enough for the demo model")
-        return doubtful(name, told, "Use a GPU: SDXL needs many minutes for an image on a CPU.")
-    index = count
+        return doubtful(name, told, "Use a GPU: an image takes many minutes on a CPU.")
+    index = count = torch.cuda.device_count()
     if settings.device.startswith("cuda"):
         index = int(settings.device.partition(":")[2] or 0)
     if index >= count:
@@ -133,10 +143,105 @@ def _torch_device(name: str, settings: Settings) -> Check:
         f"{torch.cuda.get_device_name(index)}, {free / _GB:.1f} of {total / _GB:.1f} GB free, "
         f"capability {major}.{minor}, CUDA {torch.version.cuda}"
     )
-    if free < _SDXL_MEMORY and not is_demo:
+    # Bases of one worker have the same layout: one is on the GPU at a time.
+    needed = _ROOM + max(_nbytes(each) or 0 for each in _each_model(settings))
+    if free < needed:
         advice = (
-            f"SDXL needs about {_SDXL_MEMORY // _GB} GB: end other programs on the GPU, "
+            f"The base model needs about {needed / _GB:.0f} GB: end other programs on the GPU, "
             "unless they are workers of this project."
+        )
+        return doubtful(name, told, advice)
+    return ok(name, told)
+
+
+def _draws_on_cpu(settings: Settings) -> bool:
+    import torch
+
+    return settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.device_count())
+
+
+def _each_model(settings: Settings) -> list[Settings]:
+    """Return the settings of a worker for each of the base models."""
+    return [settings.with_model(chosen) for chosen in settings.models] or [settings]
+
+
+def _nbytes(settings: Settings) -> int | None:
+    """Return the bytes of a base model's weights in memory; None if its files are not here."""
+    weights = _weights(settings) or 10**9 * _PUBLISHED.get(settings.model, 0)
+    is_wide = settings.dtype == "float32" or (settings.dtype == "auto" and _draws_on_cpu(settings))
+    return int(weights) * (4 if is_wide else 2) or None
+
+
+def _weights(settings: Settings) -> int:
+    """Count the numbers in a base model's files by their headers; 0 if they are not here."""
+    path = Path(settings.model).expanduser()
+    others: list[Path] = []
+    try:
+        if settings.model == "demo":
+            path = DEMO_MODEL
+        elif _HUB_ID.fullmatch(settings.model) and not path.exists():
+            from huggingface_hub import try_to_load_from_cache
+
+            index = try_to_load_from_cache(
+                settings.model, "model_index.json", revision=settings.hub_revision
+            )
+            path = Path(index).parent if isinstance(index, str) else path
+        if not path.is_file():
+            return sum(map(_numbers, _weight_files(path)))
+        # A file of a denoiser alone needs the other components of a folder.
+        if settings.model_config and not any(
+            name.startswith(_VAE_IN_FILE) for name in read_header(path).tensors
+        ):
+            others = [
+                file
+                for file in _weight_files(Path(settings.model_config).expanduser())
+                if file.parent.name not in DENOISERS
+            ]
+        return sum(map(_numbers, [path, *others]))
+    except (NotSafetensors, OSError, ValueError):  # `_model` and the loader say what is wrong
+        return 0
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files with weights of a folder in diffusers' layout, each component once."""
+    found: list[Path] = []
+    for component in _COMPONENTS:
+        files = [
+            file
+            for file in (folder / component).glob("*.safetensors")
+            if ".non_ema" not in file.name
+        ]
+        found += [file for file in files if ".fp16" in file.name] or files
+    return found
+
+
+def _numbers(file: Path) -> int:
+    return sum(math.prod(tensor.shape) for tensor in read_header(file).tensors.values())
+
+
+def _host_memory(name: str, settings: Settings) -> Check:
+    """Compare what base models take of this machine's memory with what there is."""
+    sizes = [_nbytes(each) for each in _each_model(settings)]
+    if None in sizes:
+        return skipped(name, "the files of a base model are not on this machine yet")
+    nbytes = max(size or 0 for size in sizes)
+    count = len(settings.models)
+    kept = min(count, settings.models_bytes // nbytes)
+    # On a CPU, the base and the place of merged weights.
+    needed = (kept + 2 * _draws_on_cpu(settings)) * nbytes
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    told = f"{needed / _GB:.1f} of {total / _GB:.1f} GB for base models"
+    if count:
+        told += f": copies of {kept} of {count}, {nbytes / _GB:.1f} GB each"
+    if needed > total:
+        advice = "Use a machine with more memory"
+        if count:
+            advice += ", or lower ZLORA_MODELS_BYTES"
+        return doubtful(name, told, f"{advice}.")
+    if kept < count:
+        advice = (
+            f"Set ZLORA_MODELS_BYTES to {count * nbytes}: a base model without a copy is read from "
+            "disk when a job names it."
         )
         return doubtful(name, told, advice)
     return ok(name, told)
@@ -144,9 +249,7 @@ def _torch_device(name: str, settings: Settings) -> Check:
 
 def _model(name: str, settings: Settings) -> Check:
     """Find each of the base models; report the first that is not there."""
-    if not settings.models:
-        return _one_model(name, settings)
-    found = [_one_model(name, settings.with_model(chosen)) for chosen in settings.models]
+    found = [_one_model(name, each) for each in _each_model(settings)]
     told = ok(name, "; ".join(check.told for check in found))
     return next((check for check in found if check.status != "ok"), told)
 
@@ -182,8 +285,9 @@ def _hub_model(name: str, model: str, revision: str | None) -> Check:
     if constants.HF_HUB_OFFLINE:
         advice = "Unset HF_HUB_OFFLINE, or copy the model to this machine."
         return failed(name, ModelUnavailable(told), advice)
-    if free < _SDXL_DOWNLOAD:
-        advice = f"Free {_SDXL_DOWNLOAD // _GB} GB of that disk, or set HF_HOME."
+    needed = 2 * _PUBLISHED.get(model, _FEWEST)
+    if free < needed * _GB:
+        advice = f"Free {needed:.0f} GB of that disk, or set HF_HOME."
         return failed(name, ModelUnavailable(told), advice)
     return doubtful(name, told, "The first start downloads the model, within ZLORA_LOAD_TIMEOUT.")
 
@@ -232,6 +336,7 @@ CHECKS: Final[dict[str, Callable[[str, Settings], Check]]] = {
     "store": _store,
     "device": _device,
     "model": _model,
+    "host memory": _host_memory,
     "LoRA cache": _cache,
     "catalogue": _catalogue,
 }

@@ -27,7 +27,7 @@ from zlora_worker.settings import DEMO_CATALOGUE, Settings
 
 _base_option: Final = click.option(
     "--base",
-    type=click.Choice((base_model.SDXL, base_model.SD1, base_model.SD2)),
+    type=click.Choice(base_model.FAMILIES),
     default=base_model.SDXL,
     show_default=True,
     help="Family of the workers' base model, for which the files must be.",

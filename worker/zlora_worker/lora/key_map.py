@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from zlora.lora.key_names import PREFIXES, SINGLE_TEXT_ENCODER, normalized
+from zlora.lora.key_names import DENOISERS, PREFIXES, SINGLE_TEXT_ENCODER, normalized
 
 Module = tuple[str, str]  # component, and the module's name in it
 
@@ -148,7 +148,7 @@ def _aliases(component: str, name: str, ldm: LdmNames) -> Iterator[str]:
             original = original.replace(own, other)
         if original != name:
             yield original
-    if component in ("unet", "transformer") and name.endswith(".to_out.0"):
+    if component in DENOISERS and name.endswith(".to_out.0"):
         yield f"{name.removesuffix('.to_out.0')}.processor.to_out"
     elif ".attn" in name and (found := re.fullmatch(r"(.+)\.(to_[qkv])", name)):
         yield f"{found[1]}.processor.{found[2]}"

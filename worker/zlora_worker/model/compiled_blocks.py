@@ -1,4 +1,4 @@
-"""Compilation of the UNet's transformer blocks by PyTorch, once for all LoRAs and image sizes."""
+"""Compilation of the denoiser's transformer blocks by PyTorch, once for all LoRAs and sizes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-def compile_blocks(unet: Any, *, with_graphs: bool) -> None:
+def compile_blocks(denoiser: Any, *, with_graphs: bool) -> None:
     """Let PyTorch compile each kind of transformer block when a block of that kind first runs.
 
     Weights are inputs of the compiled code, not constants in it: a merge that changes them, or
@@ -20,5 +20,5 @@ def compile_blocks(unet: Any, *, with_graphs: bool) -> None:
         # All blocks of a step are one sequence of graphs; otherwise each block begins a new one,
         # in the memory of the block before it.
         begin: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
-        unet.register_forward_pre_hook(lambda *_: begin())
-    unet.compile_repeated_blocks(**options)
+        denoiser.register_forward_pre_hook(lambda *_: begin())
+    denoiser.compile_repeated_blocks(**options)

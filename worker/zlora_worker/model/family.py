@@ -72,6 +72,8 @@ class Family:
     """True if diffusers draws a step from an image also if the strength leaves only a part."""
     gpu_dtype: torch.dtype = torch.float16
     """Data type of the weights on a GPU, unless the operator names another one."""
+    predicts_flow: bool = False
+    """True if the denoiser takes lists, and predicts the way from the noise to the image."""
     has_fp32_latents: bool = False
     """True if latents are in fp32, whatever the data type of the weights."""
 

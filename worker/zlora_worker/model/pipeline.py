@@ -34,7 +34,7 @@ from zlora_worker.model.text_encoding import Embedding, EncodedText, encode, rea
 from zlora_worker.monitoring.logs import said_by
 from zlora_worker.signals import run_to_completion
 
-_GUIDANCE: Final = 7.5  # two images in each step: with the prompt and with the negative one
+_LONG_PROMPT: Final = "a " * 64
 _CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
 # Messages of torch without a class of their own: a CPU's allocator, pinned memory, cuBLAS.
 _OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
@@ -97,7 +97,7 @@ class Pipeline:
         self._compile_mode = compile_mode
         if compile_mode != "off":
             compile_blocks(self._denoiser, with_graphs=compile_mode == "graphs")
-        self.previews = Previews(pipeline, self._denoiser)
+        self.previews = Previews(pipeline, family)
         self.base_checked = 1.0  # share of the base's bytes that the last check compared
         self.tiled = False  # True if the last images were decoded in tiles, which differs slightly
         self._check_all = check_all
@@ -121,26 +121,31 @@ class Pipeline:
 
         A GPU loads and chooses its kernels when they are first used, by the size of the image. On a
         CPU the first use costs milliseconds, and an image seconds. What is compiled is compiled at
-        its first use, once with guidance and once without, for all sizes. Raises `ModelUnavailable`
-        if that fails.
+        its first use, with guidance and without, for all sizes. Raises `ModelUnavailable` if that
+        fails.
         """
         self.patch.warm_up()
-        own = self._family.guidance_scale
-        scales: tuple[float, ...] = (own,) if self.device.type == "cuda" else ()
+        family, drawn = self._family, list[tuple[str, float]]()  # prompts and guidance scales
         if self._compile_mode != "off":
-            scales = (_GUIDANCE, self._family.no_guidance)
+            drawn += [("a", family.no_guidance + 1), ("a", family.no_guidance)]
+            if family.chat_tokens is not None:  # of another length than the negative one: masked
+                drawn.append((_LONG_PROMPT, family.no_guidance + 1))
+        elif self.device.type == "cuda":
+            drawn.append(("a", family.guidance_scale))
         # A CUDA graph is run, recorded and replayed.
         steps = 3 if self._compile_mode == "graphs" else 1
-        for scale in scales:
-            request = GenerateRequest(prompt="a", num_inference_steps=steps, guidance_scale=scale)
+        for prompt, scale in drawn:
+            request = GenerateRequest(
+                prompt=prompt, num_inference_steps=steps, guidance_scale=scale
+            )
             # What fails here fails in a job, too, which then says so.
             with suppress(GenerationFailed, OutOfMemory), self.with_loras([], request) as model:
                 try:
                     model.draw(request, [0], lambda _step: None)
                 except TorchDynamoException as error:
                     raise ModelUnavailable(
-                        f"ZLORA_COMPILE={self._compile_mode}: PyTorch cannot compile the UNet: "
-                        f"{said_by(error)}"
+                        f"ZLORA_COMPILE={self._compile_mode}: PyTorch cannot compile the "
+                        f"{self._family.denoiser}: {said_by(error)}"
                     ) from error
 
     @contextmanager

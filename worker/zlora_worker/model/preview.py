@@ -7,6 +7,7 @@ by a linear map from latents to RGB that is fitted on the VAE: no further call o
 import base64
 import io
 import math
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-_SIDE: Final = 128  # pixels, at most: one for each latent of SDXL's native size
+from zlora_worker.model.family import Family
+
+_SIDE: Final = 128  # pixels, at most: one for each latent of an image of 1024 pixels
 _QUALITY: Final = 75  # of the JPEG, which has a few KB
 # Sides of the latents that the map is fitted on: small enough for a CPU, and smooth as images are.
 _FITTED_SIDE: Final = 16
@@ -23,18 +26,23 @@ _COARSE_SIDE: Final = 6
 
 
 class _Call(NamedTuple):
-    """Arguments and output of the denoiser; with guidance, rows without the prompt come first."""
+    """Arguments and output of the denoiser, with a row or an item for each image.
 
-    sample: Tensor
+    With guidance there are as many without the prompt, before those with it; of a denoiser that
+    predicts the flow, behind them.
+    """
+
+    sample: Sequence[Tensor]
     timestep: Tensor
-    output: Tensor
+    output: Sequence[Tensor]
 
 
 class Previews:
     """Previews of one pipeline. The linear map is fitted when the first one is wanted."""
 
-    def __init__(self, pipeline: Any, denoiser: Any) -> None:
-        self._pipeline, self._denoiser = pipeline, denoiser  # diffusers'
+    def __init__(self, pipeline: Any, family: Family) -> None:
+        self._pipeline, self._denoiser = pipeline, getattr(pipeline, family.denoiser)  # diffusers'
+        self._predicts_flow = family.predicts_flow
         self._drawing = pipeline  # the one that draws at present, over the same components
         self._colours: Tensor | None = None  # [channels + 1, 3], the last row is added
         self._call: _Call | None = None
@@ -56,7 +64,7 @@ class Previews:
         if self._colours is None:
             self._colours = self._fit()
 
-        def keep(_module: object, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        def keep(_module: object, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None:
             self._call = _Call(arguments[0], arguments[1], output[0])
 
         hook: RemovableHandle = self._denoiser.register_forward_hook(keep)
@@ -65,8 +73,8 @@ class Previews:
     def latest(self) -> str | None:
         """Return the first image that is being drawn, as a JPEG in a data URI.
 
-        Returns None before the first step, and for models whose noise is not that of diffusion (EDM
-        and flow matching).
+        Returns None before the first step, and for models of a diffusion family whose scheduler is
+        for another kind of noise (EDM and flow matching).
         """
         latents = self._estimate()
         if latents is None or self._colours is None:
@@ -82,22 +90,30 @@ class Previews:
     def _estimate(self) -> Tensor | None:
         """Return the latents [channels, height, width] without their noise.
 
-        The denoiser's input is x = sqrt(a) * latents + sqrt(1 - a) * noise, however the scheduler
-        scales its own samples; a is interpolated between timesteps.
+        The input of a denoiser that predicts the flow is x = (1 - s) * latents + s * noise, and its
+        output is latents - noise. That of others is x = sqrt(a) * latents + sqrt(1 - a) * noise,
+        however the scheduler scales its own samples; a is interpolated between timesteps.
         """
         scheduler, call = self._drawing.scheduler, self._call
+        if call is None:
+            return None
+        sample, output, other = call.sample[0], call.output[0], call.output[len(call.output) // 2]
+        is_guided, scale = self._drawing.do_classifier_free_guidance, self._drawing.guidance_scale
+        if self._predicts_flow:
+            flow = output.float()
+            if is_guided:
+                flow = flow + scale * (flow - other)
+            # The denoiser's time is 1 - s, and both tensors have an axis for frames.
+            return (sample + (1 - float(call.timestep[0])) * flow)[:, 0]
         alphas: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
-        if call is None or alphas is None:
+        if alphas is None:
             return None
         timestep = float(call.timestep)
         lower = int(timestep)
         pair = alphas[lower : lower + 2].double()
         a = float(pair[0] + (pair[-1] - pair[0]) * (timestep - lower))
-        sample: Tensor = call.sample[0]
-        output: Tensor = call.output[0]
-        if self._drawing.do_classifier_free_guidance:
-            prompted = call.output[len(call.output) // 2]
-            output = output + self._drawing.guidance_scale * (prompted - output)
+        if is_guided:
+            output = output + scale * (other - output)
         kind = scheduler.config.get("prediction_type", "epsilon")
         if kind == "v_prediction":
             return sample * math.sqrt(a) - output * math.sqrt(1 - a)
@@ -116,9 +132,9 @@ class Previews:
         if dtype is torch.float16 and vae.config.force_upcast:
             vae.to(torch.float32)
         try:
-            scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+            scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
             with torch.no_grad():
-                image = vae.decode(scaled, return_dict=False)[0].float()
+                image = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
         finally:
             if vae.dtype is not dtype:
                 vae.to(dtype)

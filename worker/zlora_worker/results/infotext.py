@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Final
 
 import msgspec
-from zlora.lora.base_model import SD1, SD2
+from zlora.lora.base_model import SD1, SD2, Z_IMAGE
 from zlora.prompt_syntax import escaped
 from zlora.schedulers import infotext_names
 from zlora.schema import LoraSpec
@@ -29,6 +29,9 @@ _KEYWORDS: Final = re.compile(r"Negative prompt(?=:)|^Steps(?=:)")
 # Layer that is read without a `clip_skip`, as the web UI counts: the last one is 1. SDXL reads 2,
 # also in results of earlier versions, which do not have the family.
 _LAST_LAYERS: Final[dict[str | None, int]] = {SD1: 1, SD2: 1}
+# What the web UI's CFG scale, which is 1 without guidance, is greater by. diffusers counts the
+# guidance of these families from 0.
+_ADDED_GUIDANCE: Final[dict[str | None, int]] = {Z_IMAGE: 1}
 _UPSCALERS: Final = {"image": "Lanczos", "latent": "Latent"}  # names of the web UI
 _NOT_IN_NAMES: Final = re.compile(r"[:,<>\"\\]")
 
@@ -102,7 +105,7 @@ def _settings(provenance: ImageProvenance) -> dict[str, str]:
         eta: _number(request.eta) if request.eta else "",
         "Timesteps": ", ".join(map(str, request.timesteps or ())),
         "Sigmas": ", ".join(map(_number, request.sigmas or ())),
-        "CFG scale": _number(request.guidance),
+        "CFG scale": _number(request.guidance + _ADDED_GUIDANCE.get(provenance.base, 0)),
         "Denoising strength": _number(strength) if request.image or upscale else "",
         "Hires upscale": _number(upscale.factor) if upscale else "",
         "Hires steps": str(upscale.steps) if upscale and upscale.steps else "",

@@ -3,32 +3,40 @@
 import json
 import os
 import pty
+import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 import redis
+import torch
 import zlora.cli.doctor
 import zlora_worker.cli.doctor
 from celery import Celery
 from celery.contrib.testing.worker import start_worker
 from click.testing import CliRunner, Result
 from ssrfguard import SSRFGuardError
+from support.fakes import load_pipeline
 from support.processes import free_port, wait_until
+from support.tiny_folder import tiny_model, tiny_sd15, tiny_zimage
+from support.tiny_zimage import write_original
 from zlora import Client, config
 from zlora.broker.celery_app import shared_config
+from zlora.broker.job_store import JobStore
 from zlora.broker.keys import dead_letters_key, refused_key, waiting_lists
 from zlora.broker.message import SUBMITTED_AT
 from zlora.broker.webhook_outbox import DeadLetter
 from zlora.cli import main
 from zlora.http.client import refusal
+from zlora.queue_info import QueueInfo
 
 
 @pytest.fixture
@@ -325,6 +333,33 @@ def test_the_url_may_be_in_a_file_which_must_exist(broker_url: str, tmp_path: Pa
         assert found["broker"].advice == f"Set {name} to the URL, or {name}_FILE to a file with it."
 
 
+@pytest.mark.usefixtures("without_workers", "broker")
+def test_all_base_models_of_a_queue_are_named(broker_url: str) -> None:
+    info = QueueInfo(
+        base="Z-Image",
+        model="photo",
+        models=("photo", "anime"),
+        base_sha256="",
+        width=1024,
+        height=1024,
+        scheduler="",
+        num_inference_steps=9,
+        guidance_scale=0.0,
+        schedulers=(),
+        timeout=600,
+        url_policies=("key",),
+        url_expires_in=60,
+        versions={},
+        loaded_at=0.0,
+    )
+    with redis.Redis.from_url(broker_url) as connection:
+        JobStore(connection, "gpu").put_queue_info(msgspec.json.encode(info))
+
+    found = producer({config.BROKER_URL: broker_url})["serves"]
+
+    assert (found.status, "Z-Image: photo, anime, 1024x1024" in found.told) == ("ok", True)
+
+
 # --- the worker's checks
 
 
@@ -332,7 +367,11 @@ def test_all_checks_of_a_worker_that_can_start_are_ok(environ: dict[str, str]) -
     found = worker(environ)
 
     assert {name: check.status for name, check in found.items()} == dict.fromkeys(
-        ("software", "settings", "store", "device", "model", "LoRA cache", "catalogue"), "ok"
+        (
+            *("software", "settings", "store", "device", "model", "host memory"),
+            *("LoRA cache", "catalogue"),
+        ),
+        "ok",
     )
     assert "demo, which is part of the package" in found["model"].told
     for package in ("torch", "diffusers", "transformers"):
@@ -416,6 +455,129 @@ def test_a_real_model_on_a_cpu_is_a_warning(environ: dict[str, str], tmp_path: P
 
     assert (found["model"].status, found["device"].status) == ("ok", "warn")
     assert "GPU" in found["device"].advice
+
+
+def gigabytes(environ: Mapping[str, str], **changed: str) -> float:
+    """Return what the check of the host's memory says that base models take, on a CPU."""
+    found = worker(environ, **changed)["host memory"]
+    return float(found.told.partition(" ")[0])
+
+
+@pytest.mark.parametrize("folder", [tiny_model, tiny_sd15, tiny_zimage])
+def test_memory_is_counted_by_the_files_of_any_family(
+    environ: dict[str, str],
+    model_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Callable[[Path], Path],
+) -> None:
+    """Twice the weights on a CPU, as many bytes as a worker has of them."""
+    monkeypatch.setattr(zlora_worker.cli.doctor, "_GB", 10**6)  # these models have a few MB
+    model = load_pipeline(model_home, ZLORA_MODEL=str(folder(model_home)))
+
+    found = gigabytes(environ, ZLORA_MODEL=str(folder(model_home)))
+    half = gigabytes(environ, ZLORA_MODEL=str(folder(model_home)), ZLORA_DTYPE="bfloat16")
+
+    assert found == pytest.approx(2 * model.resident.nbytes / 10**6, rel=0.01, abs=0.1)
+    assert half == pytest.approx(found / 2, abs=0.1)
+
+
+def test_memory_is_counted_by_single_files(
+    environ: dict[str, str],
+    model_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file of Z-Image has the transformer alone, and the other components are in the folder."""
+    monkeypatch.setattr(zlora_worker.cli.doctor, "_GB", 10**6)
+    home = tiny_zimage(model_home)
+    file = write_original(home, tmp_path / "tiny.safetensors")
+
+    whole = gigabytes(environ, ZLORA_MODEL=str(home))
+
+    assert whole > 1
+    assert gigabytes(environ, ZLORA_MODEL=str(file), ZLORA_MODEL_CONFIG=str(home)) == pytest.approx(
+        whole, rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("room", "status", "words"),
+    [(3, "ok", "copies of 3 of 3"), (2, "warn", "copies of 2 of 3"), (0, "warn", "of 0 of 3")],
+)
+def test_the_memory_of_several_base_models_is_compared_with_their_bound(
+    environ: dict[str, str], model_home: Path, room: int, status: str, words: str
+) -> None:
+    nbytes = load_pipeline(model_home).resident.nbytes
+    models = ",".join(f"{name}={tiny_model(model_home)}" for name in "abc")
+
+    found = worker(
+        environ | {"ZLORA_MODEL": ""},
+        ZLORA_MODELS=models,
+        ZLORA_MODELS_BYTES=str(int((room + 0.5) * nbytes)),
+    )["host memory"]
+
+    assert (found.status, words in found.told) == (status, True)
+    if status == "warn":
+        assert "Set ZLORA_MODELS_BYTES to" in found.advice
+
+
+def test_base_models_that_are_larger_than_the_memory_are_reported(
+    environ: dict[str, str], model_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda _name: 1)
+
+    found = worker(environ, ZLORA_MODEL=str(tiny_zimage(model_home)))["host memory"]
+
+    assert found.status == "warn"
+    assert "more memory" in found.advice
+    assert "ZLORA_MODELS_BYTES" not in found.advice
+
+
+def test_memory_is_not_guessed_for_files_that_are_not_here(environ: dict[str, str]) -> None:
+    assert worker(environ, ZLORA_MODEL="owner/model")["host memory"].status == "skip"
+
+
+@pytest.mark.parametrize(
+    ("model", "needed"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", 9),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 4),
+        ("Tongyi-MAI/Z-Image-Turbo", 23),
+    ],
+)
+def test_a_gpu_without_room_for_the_base_model_is_reported(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, model: str, needed: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    free = [(needed - 1) * 10**9, (needed + 1) * 10**9]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free.pop(0), 80 * 10**9))
+
+    little, enough = (
+        worker(environ, ZLORA_MODEL=model, ZLORA_DEVICE="cuda")["device"] for _ in range(2)
+    )
+
+    assert (little.status, f"{needed} GB" in little.advice) == ("warn", True)
+    assert enough.status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("model", "needed"), [("Tongyi-MAI/Z-Image-Turbo", 21), ("owner/unknown", 2)]
+)
+def test_a_disk_without_room_for_the_base_model_fails(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, model: str, needed: int
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=needed * 10**9 - 10**9)
+    )
+    full = worker(environ, ZLORA_MODEL=model)["model"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed * 2 * 10**9))
+    free = worker(environ, ZLORA_MODEL=model)["model"]
+
+    assert (full.code, f"Free {needed} GB" in full.advice) == ("model_unavailable", True)
+    assert free.status == "warn"
 
 
 # --- the command

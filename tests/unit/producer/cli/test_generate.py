@@ -527,6 +527,35 @@ def test_an_error_after_the_job_is_drawn_names_it(
     }
 
 
+@pytest.mark.parametrize(
+    ("modules", "shown"),
+    [
+        ({"unet": 3, "text_encoder": 1}, "weight 0.8, 1 in text encoders"),
+        ({"unet": 3}, "weight 0.8, "),
+        ({"transformer": 3}, "weight 0.8, "),
+    ],
+)
+def test_a_weight_in_text_encoders_is_shown_if_the_lora_changes_some(
+    monkeypatch: pytest.MonkeyPatch, worker: MemoryWorker, modules: dict[str, int], shown: str
+) -> None:
+    def with_modules(job_id: str, request: GenerateRequest, progress: Progress) -> GenerateResult:
+        made = draw(job_id, request, progress)
+        return msgspec.structs.replace(
+            made, loras=(msgspec.structs.replace(made.loras[0], modules=modules),)
+        )
+
+    monkeypatch.setattr(worker, "_draw", with_modules)
+    spec = {"file": {"url": LORA}, "unet_weight": 0.8}
+    request = json.dumps({"prompt": "a city", "loras": [spec]})
+
+    found = run("generate", "--request", "-", given=request)
+
+    assert found.exit_code == 0, found.output
+    (line,) = [line for line in found.output.splitlines() if "weight" in line]
+    assert shown in line
+    assert ("text encoders" in line) == ("text_encoder" in modules)
+
+
 def without_urls(job_id: str, request: GenerateRequest, _progress: Progress) -> GenerateResult:
     """Return a result whose images have keys and no URLs."""
     return fake_result(job_id, msgspec.structs.replace(request, url_policy="key"))

@@ -96,7 +96,7 @@ def test_the_sampling_of_fal_lora_is_converted(
 
 
 def test_defaults_are_ours_except_for_the_size() -> None:
-    """Eight steps, the default of a turbo model, are wrong for SDXL."""
+    """Steps and guidance scale are left to the base model of the queue."""
     assert to_request({"prompt": "x"}) == GenerateRequest(prompt="x", width=1024, height=768)
 
 

@@ -6,7 +6,14 @@ from typing import Final
 
 import pytest
 from zlora.errors import LoraMismatch
-from zlora.lora.base_model import LoraInfo, describe, detect_base_model, is_for, require_lora
+from zlora.lora.base_model import (
+    FAMILIES,
+    LoraInfo,
+    describe,
+    detect_base_model,
+    is_for,
+    require_lora,
+)
 from zlora.lora.safetensors_header import Header, TensorInfo
 
 SDXL: Final = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
@@ -223,9 +230,29 @@ def test_a_lora_is_for_a_family_that_it_may_be_made_for(
     detected = detect_base_model(header)
 
     assert detected
-    assert bases == tuple(
-        base for base in ("SD 1.x", "SD 2.x", "SDXL", "Z-Image") if is_for(detected.family, base)
-    )
+    assert bases == tuple(base for base in sorted(FAMILIES) if is_for(detected.family, base))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "lora_unet_layers_0_attention_qkv",
+        "lora_unet__layers_0_attention_to_q",
+        "lycoris_layers_0_feed_forward_w1",
+        "diffusion_model.layers.0.attention.to_q",
+        "transformer.layers.0.attention.to_q",
+        "lora_unet_double_blocks_0_txt_mlp_0",
+    ],
+)
+def test_a_module_of_a_transformer_is_counted_as_one_whatever_its_prefix(module: str) -> None:
+    assert described(lora(module, width=3840)).modules == {"transformer": 1}
+
+
+@pytest.mark.parametrize(
+    "module", ["lora_unet_mid_block_conv", "unet.mid_block.conv", "diffusion_model.out.0"]
+)
+def test_a_module_of_a_unet_is_counted_as_one(module: str) -> None:
+    assert described(lora(module)).modules == {"unet": 1}
 
 
 @pytest.mark.parametrize(

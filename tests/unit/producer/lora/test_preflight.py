@@ -547,6 +547,15 @@ def test_a_lora_must_be_for_the_base_model_of_the_queue(body: bytes, base: str, 
             checks.check(request, base=other)
 
 
+def test_a_refusal_says_if_the_base_model_of_the_queue_is_not_known() -> None:
+    with serving(ranged(lora("transformer.layers.0.attention.to_q", width=3840))) as host:
+        file = Asset(url=f"{host.url}/a.safetensors")
+        request = GenerateRequest(prompt="", loras=(LoraSpec(file=file),))
+
+        with pytest.raises(LoraMismatch, match=r"made for Z-Image.*not known, and taken for SDXL"):
+            preflight(host).check(request)
+
+
 def test_changes_of_text_encoders_have_no_schedule() -> None:
     module = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     with serving(ranged(lora(module, width=768))) as host:

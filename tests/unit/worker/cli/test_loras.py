@@ -165,6 +165,18 @@ def test_the_base_model_of_a_catalogue_is_named_by_an_option(home: Path) -> None
     assert [one.exit_code for one in checked] == [1, 1, 0]
 
 
+def test_a_catalogue_may_be_for_z_image(home: Path) -> None:
+    module = "lora_unet_layers_0_attention_qkv"
+    source = write(home / "a.safetensors", {f"{module}.lora_down.weight": torch.ones(2, 3840)})
+    catalogue = ("--catalogue", str(home / "new.toml"))
+
+    added = run(*catalogue, "add", "one", source.as_uri(), "--base", "Z-Image")
+    checked = run(*catalogue, "check", "--base", "Z-Image")
+
+    assert (added.exit_code, checked.exit_code) == (0, 0), added.output
+    assert checked.output.startswith("one: LoRA, Z-Image, ")
+
+
 def test_the_catalogue_of_the_demo_model_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZLORA_MODEL", "demo")
     before = DEMO_CATALOGUE.read_text()

@@ -7,13 +7,14 @@ which runs what was traced as it is: it needs no C compiler, and no bit of an im
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
 from support.fakes import UNET, load_pipeline, peft_lora, pixels, settings, write
-from support.tiny_folder import TINY_LORAS, tiny_lora
+from support.tiny_folder import TINY_LORAS, tiny_lora, tiny_zimage
 from torch._dynamo.utils import counters
 from zlora.errors import InvalidSetting, ModelUnavailable
 from zlora_worker.lora.merge import WeightedLora
@@ -114,6 +115,30 @@ def test_no_size_scheduler_or_guidance_compiles_anything(model: Pipeline) -> Non
     pixels(model, scheduler="ddim")
 
     assert compiled_graphs() == before > 0
+
+
+@pytest.mark.parametrize("mode", ["blocks", "graphs"])
+def test_no_size_prompt_or_guidance_of_z_image_compiles_anything(
+    model_home: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Prompts of other lengths than the negative one have a mask."""
+    name = str(tiny_zimage(model_home))
+    plain = load_pipeline(model_home, ZLORA_MODEL=name)
+    torch._dynamo.reset()
+    monkeypatch.setattr(Pipeline, "_native_side", 128)  # 1024 takes seconds on a CPU
+    with torch.compiler.set_stance(force_backend="eager"):
+        compiled = load_pipeline(model_home, ZLORA_MODEL=name, ZLORA_COMPILE=mode)
+        compiled.warm_up()
+        before = compiled_graphs()
+        for (width, height), guidance, prompt in product(
+            ((64, 64), (80, 256)), (0.0, 4.0), ("a city", "a city " * 30)
+        ):
+            fields: dict[str, Any] = {"width": width, "height": height, "guidance_scale": guidance}
+            images = [pixels(one, prompt=prompt, **fields) for one in (plain, compiled)]
+            assert images[0] == images[1]
+
+        assert compiled_graphs() == before > 0
+    torch._dynamo.reset()
 
 
 def test_cuda_graphs_find_each_weight_where_it_was(

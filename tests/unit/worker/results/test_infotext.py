@@ -117,6 +117,19 @@ def test_infotext_has_the_form_of_the_web_ui() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("base", "guidance", "shown"),
+    [("SDXL", 7.5, "7.5"), ("SD 1.x", 1.0, "1"), ("Z-Image", 0.0, "1"), ("Z-Image", 3.5, "4.5")],
+)
+def test_the_guidance_scale_is_counted_as_in_the_web_ui(
+    base: str, guidance: float, shown: str
+) -> None:
+    """One is no guidance there."""
+    text = written(a_request(guidance_scale=guidance), base=base)
+
+    assert pairs(text.rpartition("\n")[2])["CFG scale"] == shown
+
+
 @given(document=REQUESTS, model=TEXTS)
 @example(
     document={"prompt": "Negative prompt: a", "negative_prompt": "Steps: 1, Sampler: b"},

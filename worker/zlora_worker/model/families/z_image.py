@@ -45,5 +45,6 @@ Z_IMAGE: Final = Family(
     noising="scale_noise",
     rounds_steps_up=True,
     gpu_dtype=torch.bfloat16,  # activations overflow in fp16
+    predicts_flow=True,
     has_fp32_latents=True,
 )
