@@ -19,14 +19,17 @@ _END_SECONDS: Final = 20.0  # for open requests, before the process is killed
 class Server:
     """A server process, which can be killed and started again."""
 
-    def __init__(self, broker_url: str, *options: str, log: Path | None, **variables: str) -> None:
+    def __init__(
+        self, broker_url: str, *options: str, log: Path | None, first: str = "", **variables: str
+    ) -> None:
         self.port, self._options, self._log = free_port(), options, log
+        self._code = f"{first}\nfrom zlora.cli import main; main()"
         self._environ = clean_environ({"ZLORA_BROKER_URL": broker_url, **variables})
         self.url = f"{'https' if '--certificate' in options else 'http'}://localhost:{self.port}"
 
     def start(self) -> None:
         """Start the process, and wait until it listens."""
-        command = [sys.executable, "-P", "-c", "from zlora.cli import main; main()", "serve"]
+        command = [sys.executable, "-P", "-c", self._code, "serve"]
         command += ["--port", str(self.port), *self._options]
         if self._log is None:
             self.process = subprocess.Popen(command, env=self._environ)
@@ -64,10 +67,13 @@ class Server:
 
 @contextmanager
 def running(
-    broker_url: str, *options: str, log: Path | None = None, **variables: str
+    broker_url: str, *options: str, log: Path | None = None, first: str = "", **variables: str
 ) -> Iterator[Server]:
-    """Serve the queue of a broker; `options` are those of the command."""
-    server = Server(broker_url, *options, log=log, **variables)
+    """Serve the queue of a broker; `options` are those of the command.
+
+    `first` is code that the process runs before, such as one that shortens a deadline.
+    """
+    server = Server(broker_url, *options, log=log, first=first, **variables)
     server.start()
     try:
         yield server
@@ -78,7 +84,7 @@ def running(
 @contextmanager
 def serve(broker_url: str, *options: str, **variables: str) -> Iterator[str]:
     """Serve the queue of a broker; yield the base URL. `options` are those of the command."""
-    with running(broker_url, *options, log=None, **variables) as server:
+    with running(broker_url, *options, log=None, first="", **variables) as server:
         yield server.url
 
 

@@ -28,6 +28,7 @@ from zlora.server.endpoint import Api, Call, Endpoint, json_answer
 from zlora.server.job_index import JobIndex
 from zlora.server.load import Load, OpenRequest
 from zlora.server.native import NATIVE
+from zlora.server.problems import HeadersTooLarge
 from zlora.server.rate_limits import RateLimits
 from zlora.server.service import Caller, Service
 from zlora.server.settings import ServerSettings, is_local_name
@@ -35,6 +36,7 @@ from zlora.server.tenants import LOCAL, ApiKeys, Tenant
 
 APIS: Final[tuple[Api, ...]] = (NATIVE,)
 NOBODY: Final = Caller("", Tenant(), "")  # no job is this tenant's
+MAX_HEAD: Final = 16_384  # bytes of the address and all headers of a request
 _CLIENT_GONE: Final = 499  # nginx's status for its log; nobody reads the answer
 _HEADERS: Final = {
     "x-content-type-options": "nosniff",
@@ -167,7 +169,7 @@ class _Entry:
 
 
 class _Headers:
-    """Adds headers to all answers that do not have their own."""
+    """Bounds the headers of requests, and adds headers to answers that do not have their own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -186,7 +188,17 @@ class _Headers:
                 ]
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        app = self._app
+        if scope["type"] == "http" and _head_size(scope) > MAX_HEAD:
+            app = problems.answer(HeadersTooLarge(f"the headers have more than {MAX_HEAD} bytes"))
+        await app(scope, receive, send_with_headers)
+
+
+def _head_size(scope: Scope) -> int:
+    """Return the bytes of address and headers: uvicorn bounds only those that come in pieces."""
+    separators = 4  # bytes of a header: a colon, a space, and the end of the line
+    headers = sum(len(name) + len(value) + separators for name, value in scope["headers"])
+    return headers + len(scope["raw_path"]) + len(scope["query_string"])
 
 
 class _LocalOnly:

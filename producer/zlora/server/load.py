@@ -15,7 +15,7 @@ from zlora.server.problems import BodyTimeout, BodyTooLarge, Overloaded, TooMany
 MAX_OPEN: Final = 4000  # requests that are not answered yet, with streams of events
 MAX_OPEN_OF_TENANT: Final = MAX_OPEN // 2  # if there are API keys
 MAX_HELD: Final = 256 * 2**20  # bytes of all bodies and answers in memory
-_BODY_SECONDS: Final = 30.0  # for all of a body
+BODY_SECONDS: Final = 30.0  # for all of a body
 _PIECE: Final = 65_536  # bytes of an answer that are given to a connection at once
 
 
@@ -85,7 +85,7 @@ class OpenRequest:
             f"the body has more than {max_body} bytes", {"max_bytes": max_body}
         )
         declared = Headers(scope=scope).get("Content-Length", "")
-        end = asyncio.get_running_loop().time() + _BODY_SECONDS
+        end = asyncio.get_running_loop().time() + BODY_SECONDS
         size = 0
 
         async def receive_bounded() -> Message:
@@ -96,7 +96,7 @@ class OpenRequest:
                 async with asyncio.timeout_at(end):
                     message = await receive()
             except TimeoutError:
-                reason = f"the body did not arrive within {_BODY_SECONDS:g} s"
+                reason = f"the body did not arrive within {BODY_SECONDS:g} s"
                 raise BodyTimeout(reason) from None
             found = len(message.get("body", b""))
             size += found

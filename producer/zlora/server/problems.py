@@ -44,9 +44,15 @@ class MethodNotAllowed(ZloraError):
 
 
 class NotHttp(ZloraError):
-    """The request is not HTTP/1.1, or its headers are too large."""
+    """The request is not HTTP/1.1."""
 
     code = "not_http"
+
+
+class HeadersTooLarge(ZloraError):
+    """The address and the headers of the request have too many bytes."""
+
+    code = "headers_too_large"
 
 
 class BodyTooLarge(ZloraError):
@@ -99,7 +105,6 @@ STATUS: Final[dict[type[ZloraError], HTTPStatus]] = {
     errors.InvalidRequest: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.LoraError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.LoraNotAllowed: HTTPStatus.FORBIDDEN,
-    errors.InvalidWebhook: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.OutOfMemory: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.LoraUnreachable: HTTPStatus.BAD_GATEWAY,
     errors.ImageUnavailable: HTTPStatus.BAD_GATEWAY,
@@ -119,6 +124,7 @@ STATUS: Final[dict[type[ZloraError], HTTPStatus]] = {
     NotFound: HTTPStatus.NOT_FOUND,
     MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
     NotHttp: HTTPStatus.BAD_REQUEST,
+    HeadersTooLarge: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     BodyTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     BodyTimeout: HTTPStatus.REQUEST_TIMEOUT,
     TooManyRequests: HTTPStatus.TOO_MANY_REQUESTS,

@@ -7,12 +7,11 @@ from typing import Final
 import uvicorn
 
 from zlora.errors import InvalidSetting
-from zlora.server.app import make_app
+from zlora.server.app import MAX_HEAD, make_app
 from zlora.server.protocol import Protocol
 from zlora.server.settings import ServerSettings
 
-_MAX_HEADERS: Final = 16_384  # bytes of all headers together
-_KEEP_ALIVE: Final = 15  # seconds that an idle connection stays open
+KEEP_ALIVE: Final = 15  # seconds that an idle connection stays open
 _GRACE: Final = 10  # seconds for open requests at the end; streams of events are cut then
 _MAX_CONNECTIONS: Final = 5000  # more are closed
 _OTHER_FILES: Final = 200  # descriptors for Redis, images and LoRAs
@@ -34,9 +33,10 @@ def run(
         host=host,
         port=port,
         http=Protocol,
-        h11_max_incomplete_event_size=_MAX_HEADERS,
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEAD,
         limit_concurrency=min(_MAX_CONNECTIONS, _max_files() - _OTHER_FILES),
-        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=_GRACE,
         proxy_headers=False,
         server_header=False,
