@@ -23,7 +23,7 @@ from deploy.scaling import scaling
 ROOT: Final = Path(__file__).parents[2]
 BIN: Final = Path(sys.executable).parent
 BUILDS: Final = ("base", "overlays/nvidia", "overlays/demo")
-BUILTIN: Final = ("v1", "apps/v1", "policy/v1", "networking.k8s.io/v1")
+BUILTIN: Final = ("v1", "apps/v1", "autoscaling/v2", "policy/v1", "networking.k8s.io/v1")
 RULES: Final = "components/alerts/alerts.yaml"
 YAMLLINT: Final = """
 extends: default

@@ -10,6 +10,7 @@ from typing import Final
 from deploy.kustomized import Build, mounted, optional_folders
 from zlora import config
 from zlora.errors import InvalidSetting
+from zlora.server import settings as server_settings
 from zlora_worker.settings import Settings
 
 ROOT: Final = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ FOREIGN: Final = {
     "HF_TOKEN_PATH",
     "NVIDIA_DRIVER_CAPABILITIES",
 }
-FOREIGN_TOO: Final = {"FLOWER_ADDRESS", "FLOWER_AUTH_FILE", "HOME"}
+FOREIGN_TOO: Final = {"FLOWER_ADDRESS", "FLOWER_AUTH_FILE", "HOME", "http_proxy"}
 CERTIFICATE: Final = {"WEED_GRPC_S3_CERT", "WEED_GRPC_S3_KEY", "WEED_GRPC_CA"}
 NAMED: Final = [field for field in fields(Settings) if field.metadata]
 SECRETS: Final = {
@@ -29,6 +30,7 @@ SECRETS: Final = {
 }
 SETTINGS: Final = {
     *(name for field in NAMED for name in field.metadata["names"]),
+    *(name for row in server_settings.reference() for name in row.names),
     *(config.BROKER_URL, config.RESULT_BACKEND, config.HOME, config.SECRETS),
 }
 
