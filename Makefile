@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # systemctl disable --now prometheus valkey-server
 DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wget valkey-server
 
-BENCHMARKS := bases batches busy fetch gpu lora png previews producer queue results scale schedules starts sweeps
+BENCHMARKS := bases batches busy fetch gpu http lora png previews producer queue results scale schedules starts sweeps
 
 .PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover model soak freezes fuzz
 .PHONY: changes gallery mixed

@@ -30,8 +30,7 @@ class Door(NamedTuple):
 
     def client(self, tenant: str = "mine") -> httpx.Client:
         """Return a client with the key of a tenant."""
-        headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
-        return httpx.Client(base_url=self.server.url, headers=headers, trust_env=False, timeout=60)
+        return self.server.client(self.keys[tenant])
 
 
 def code_of(answer: httpx.Response) -> Any:

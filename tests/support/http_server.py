@@ -1,6 +1,7 @@
 """`zlora serve` as a process on a free port of loopback, and its API keys."""
 
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -9,11 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import httpx
 from support.processes import clean_environ, free_port, wait_until
 from zlora.server import tenants
 from zlora.server.tenants import KeyFile, Tenant
 
 _END_SECONDS: Final = 20.0  # for open requests, before the process is killed
+
+_NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the default takes 30 ms to load
 
 
 class Server:
@@ -52,6 +56,13 @@ class Server:
         """Kill the process (kill -9)."""
         self.process.kill()
         self.process.wait()
+
+    def client(self, key: str | None = None) -> httpx.Client:
+        """Return a client, with an API key."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(
+            base_url=self.url, headers=headers, trust_env=False, verify=_NO_TLS, timeout=60
+        )
 
     def memory(self) -> int:
         """Return the resident memory of the process in bytes."""

@@ -1,13 +1,16 @@
 """A worker in this process: its real Celery task on a real broker, without a model."""
 
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, NoReturn
 
+import celery.backends.redis
+import pytest
+import zlora_worker.generate
 from celery.app.trace import build_tracer
 from celery.worker.request import Request
 from PIL import Image
@@ -23,6 +26,7 @@ from zlora.schema import (
     digest_of,
     parse_request,
 )
+from zlora_worker import task
 from zlora_worker.celery_hooks.held_messages import HeldMessages
 from zlora_worker.celery_hooks.request import wrap_tracer
 from zlora_worker.child import Child
@@ -260,6 +264,22 @@ class InlineWorker:
         """Return the number of ended jobs by error code and outcome."""
         counts = Scraped.of(self.meter.registry).named("zlora_jobs_total")
         return {labels: count for labels, count in counts.items() if count}
+
+
+@contextmanager
+def inline_worker(broker_url: str, folder: Path) -> Iterator[InlineWorker]:
+    """Run a worker whose `os._exit` raises `ChildExit`, since it would end the tests."""
+
+    def leave(status: int) -> NoReturn:
+        raise ChildExit(status)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # As in a child process: no subscription to results.
+        patch.setattr(celery.backends.redis, "task_join_will_block", lambda: True)
+        patch.setattr(task, "os", SimpleNamespace(_exit=leave))
+        with closing(InlineWorker(broker_url, folder)) as made:
+            patch.setattr(zlora_worker.generate, "generate", made.generate)
+            yield made
 
 
 def digest(request: object = REQUEST) -> str:

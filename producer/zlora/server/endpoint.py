@@ -3,12 +3,13 @@
 Routes and the OpenAPI document are both made from these.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NamedTuple, TypeVar, get_origin
 
 import msgspec
 from msgspec import Struct, structs
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from zlora.errors import InvalidRequest, ZloraError
@@ -17,6 +18,7 @@ from zlora.server import problems
 from zlora.server.service import Caller, Service
 
 S = TypeVar("S", bound=Struct)
+T = TypeVar("T")
 
 MAX_BODY: Final = 2**20  # bytes; the largest request that the queue accepts has half of it
 _MAX_HEADER: Final = 1000  # characters of a header that is an idempotency key or an event's id
@@ -44,6 +46,21 @@ class Call:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             details = {"path": "$", "expected": "a JSON document"}
             raise InvalidRequest(f"$: Expected a JSON document: {error}", details) from None
+
+    async def unless_gone(self, waiting: Awaitable[T]) -> T:
+        """Return what is waited for; raise `ClientDisconnect` if the client leaves first."""
+        await self.request.body()  # what comes after the body is the end of the connection
+        gone: asyncio.Future[Any] = asyncio.ensure_future(self.request.receive())
+        found = asyncio.ensure_future(waiting)
+        try:
+            await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not found.done():
+                raise ClientDisconnect
+            return found.result()
+        finally:
+            found.cancel()
+            gone.cancel()
+            await asyncio.wait({found, gone})
 
     def query(self, kind: type[S]) -> S:
         """Return the query of the URL; raise `InvalidRequest` for an unknown or wrong parameter."""

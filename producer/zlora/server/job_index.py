@@ -31,7 +31,8 @@ local owner = redis.call('GET', KEYS[1])
 if owner and redis.call('EXISTS', ARGV[6] .. ARGV[1]) == 1 then return owner end
 local now = tonumber(redis.call('TIME')[1])
 local most = tonumber(ARGV[3])
-if most > 0 and redis.call('ZCARD', KEYS[3]) >= most then
+local is_open = redis.call('ZSCORE', KEYS[3], ARGV[1])  -- reserved before, and never queued
+if most > 0 and not is_open and redis.call('ZCARD', KEYS[3]) >= most then
   local open = redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES')
   for index = 1, #open, 2 do
     local job, reserved = open[index], tonumber(open[index + 1])

@@ -86,18 +86,19 @@ class OpenRequest:
         )
         declared = Headers(scope=scope).get("Content-Length", "")
         end = asyncio.get_running_loop().time() + BODY_SECONDS
-        size = 0
+        size, is_complete = 0, False
 
         async def receive_bounded() -> Message:
-            nonlocal size
+            nonlocal size, is_complete
             if declared.isdecimal() and int(declared) > max_body:
                 raise too_large
             try:
-                async with asyncio.timeout_at(end):
+                async with asyncio.timeout_at(None if is_complete else end):
                     message = await receive()
             except TimeoutError:
                 reason = f"the body did not arrive within {BODY_SECONDS:g} s"
                 raise BodyTimeout(reason) from None
+            is_complete = not message.get("more_body", False)
             found = len(message.get("body", b""))
             size += found
             if size > max_body:

@@ -222,7 +222,8 @@ async def get_events(call: Call) -> Response:
 async def get_result(call: Call) -> Response:
     """Return the result of a job, or its error as a problem; 409 while it has not ended."""
     wait = call.query(WaitOptions).wait
-    return json_answer(await call.service.result(call.caller, call.job_id, wait=wait))
+    result = call.service.result(call.caller, call.job_id, wait=wait)
+    return json_answer(await call.unless_gone(result))
 
 
 async def get_image(call: Call) -> Response:
@@ -290,12 +291,15 @@ async def _queue_info(call: Call) -> QueueInfo:
 async def _job(call: Call, job_id: str, *, wait: float = 0) -> Job:
     """Return a job with its end, after up to `wait` seconds."""
     entry = await call.service.entry(call.caller, job_id)
-    return await _ended(call.service.handle(job_id), entry, wait=wait)
+    return await call.unless_gone(_ended(call.service.handle(job_id), entry, wait=wait))
 
 
 async def _ended(handle: AsyncJobHandle, entry: Entry, *, wait: float = 0) -> Job:
+    """Return a job with its end, after up to `wait` seconds."""
     result: GenerateResult | None = None
     error: Failure | None = None
+    if wait == 0 and not has_ended(status := await handle.status()):
+        return _document(handle.id, entry, status)
     try:
         result = await handle.result(timeout=wait)
     except (JobVanished, BrokerUnavailable, InvalidSetting):  # not the job's own error

@@ -8,7 +8,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
-import httpx
 import pytest
 from support.http_server import Server, running
 from support.processes import wait_until
@@ -20,6 +19,7 @@ zlora.server.protocol.READ_SECONDS = 1.5
 zlora.server.protocol.WRITE_SECONDS = 1.5
 zlora.server.load.BODY_SECONDS = 1.5
 zlora.server.load.MAX_HELD = 4 * 2**20
+zlora.server.load.MAX_OPEN = 30
 zlora.server.run.KEEP_ALIVE = 1
 """
 HEAD: Final = b"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\n"
@@ -64,7 +64,8 @@ def dripped(server: Server, head: bytes, drops: bytes) -> bytes:
 
 def is_served(server: Server) -> bool:
     """Return whether another client is answered."""
-    return httpx.get(f"{server.url}/v1/jobs", trust_env=False, timeout=30).status_code == 200
+    with server.client() as client:
+        return client.get("/v1/jobs").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -150,12 +151,31 @@ def answer_of(connection: socket.socket) -> tuple[str, str]:
     return text.split(" ", 2)[1], text
 
 
+def test_open_requests_are_bounded(server: Server) -> None:
+    """Beyond the bound: 503 with Retry-After. Clients that leave make room, before their time."""
+    with server.client() as client:
+        job_id = client.post("/v1/jobs", json={"prompt": "x"}).json()["id"]
+        wait = f"GET /v1/jobs/{job_id}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        with ExitStack() as stack:
+            waiting = [stack.enter_context(opened(server)) for _ in range(40)]
+            for connection in waiting:
+                connection.sendall(wait)
+            wait_until(
+                lambda: client.get("/v1/jobs").status_code == 503, "the server is full of requests"
+            )
+            refused = client.get("/v1/jobs")
+            assert refused.json()["code"] == "overloaded"
+            assert int(refused.headers["Retry-After"]) > 0
+            assert client.get("/health/live").status_code == 200
+        wait_until(lambda: client.get("/v1/jobs").status_code == 200, "there is room again")
+
+
 def test_deadlines_free_what_was_held(server: Server) -> None:
     """After all of these clients no connection is left, and a large body is taken again."""
     wait_until(lambda: connections(server) == 0, "all connections are ended")
     content = json.dumps({"prompt": "x"}).encode() + b" " * 1_000_000
-    answer = httpx.post(f"{server.url}/v1/jobs", content=content, trust_env=False, timeout=30)
-    assert answer.status_code == 202
+    with server.client() as client:
+        assert client.post("/v1/jobs", content=content).status_code == 202
 
 
 def connections(server: Server) -> int:

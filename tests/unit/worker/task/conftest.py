@@ -2,34 +2,19 @@
 
 import uuid
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import NoReturn
 
-import celery.backends.redis
 import pytest
-import zlora_worker.generate
-from support.inline_worker import REQUEST, ChildExit, InlineWorker
+from support.inline_worker import REQUEST, InlineWorker, inline_worker
 from zlora import Client, JobHandle
-from zlora_worker import task
 
 
 @pytest.fixture(scope="module")
 def shared_worker(
     broker_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[InlineWorker]:
-    """Worker whose `os._exit` raises `ChildExit`, since it would end the tests."""
-
-    def leave(status: int) -> NoReturn:
-        raise ChildExit(status)
-
-    with pytest.MonkeyPatch.context() as patch:
-        # As in a child process: no subscription to results.
-        patch.setattr(celery.backends.redis, "task_join_will_block", lambda: True)
-        patch.setattr(task, "os", SimpleNamespace(_exit=leave))
-        made = InlineWorker(broker_url, tmp_path_factory.mktemp("worker"))
-        patch.setattr(zlora_worker.generate, "generate", made.generate)
+    """Return a worker of this file."""
+    with inline_worker(broker_url, tmp_path_factory.mktemp("worker")) as made:
         yield made
-        made.close()
 
 
 @pytest.fixture

@@ -1,0 +1,371 @@
+"""The API `/v1`: jobs of several tenants, their lists, events, results and limits."""
+
+import base64
+import hashlib
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import httpx
+import msgspec
+import pytest
+from support.http_door import code_of
+from support.http_server import Server, running, write_keys
+from support.inline_worker import InlineWorker, inline_worker
+from support.processes import wait_until
+from zlora.broker.keys import queue_info_key
+from zlora.queue_info import QueueInfo
+from zlora.schema import parse_request
+from zlora.server import tenants
+from zlora.server.tenants import Tenant
+from zlora.testing import fake_result
+
+REQUEST: Final = {"prompt": "a castle", "seed": 1}
+RIGHTS: Final = {
+    "one": Tenant(),
+    "two": Tenant(),
+    "few": Tenant(max_jobs=2),
+    "seldom": Tenant(requests_per_minute=3),
+    "narrow": Tenant(catalogue=("public-*",), models=("small",)),
+}
+INFO: Final = QueueInfo(
+    base="SDXL", model="small", models=("small", "large"), base_sha256="0" * 64,
+    width=1024, height=1024, scheduler="EulerDiscreteScheduler", num_inference_steps=28,
+    guidance_scale=7.5, schedulers=("Euler",), timeout=300, url_policies=("presigned",),
+    url_expires_in=3600, catalogue=("private-x", "public-y"), versions={}, loaded_at=0.0,
+)  # fmt: skip
+IMAGE: Final = b"the bytes of an image"
+
+
+class Place(NamedTuple):
+    """A server, a worker of its queue, and a client of each tenant."""
+
+    server: Server
+    worker: InlineWorker
+    clients: dict[str, httpx.Client]
+    keys: dict[str, str]
+    file: Path
+
+    def submit(self, tenant: str = "one", **options: Any) -> str:
+        """Submit a request; return the id."""
+        answer = self.clients[tenant].post("/v1/jobs", json=REQUEST, **options)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    def store(self, job_id: str, state: str, value: object) -> None:
+        """Write a state of a job as a worker does."""
+        self.worker.app.backend.store_result(job_id, value, state)
+
+
+@pytest.fixture(scope="module")
+def place(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Return a running server with a worker."""
+    folder = tmp_path_factory.mktemp("place")
+    keys = write_keys(folder / "keys.json", **RIGHTS)
+    with ExitStack() as stack:
+        worker = stack.enter_context(inline_worker(broker_url, folder))
+        worker.redis.set(queue_info_key(worker.queue), msgspec.json.encode(INFO))
+        variables = {"ZLORA_QUEUE": worker.queue, "ZLORA_API_KEYS": str(folder / "keys.json")}
+        server = stack.enter_context(running(broker_url, log=folder / "log", **variables))
+        clients = {name: stack.enter_context(server.client(key)) for name, key in keys.items()}
+        yield Place(server, worker, clients, keys, folder / "keys.json")
+
+
+# Submissions
+
+
+def test_the_same_key_is_the_same_job(place: Place) -> None:
+    """Also with other labels; another request under the key is a conflict."""
+    headers = {"Idempotency-Key": uuid.uuid4().hex}
+    first = place.submit(headers=headers, params={"label": "a=1"})
+    again = place.submit(headers=headers, params={"label": "a=2"})
+    other = place.clients["one"].post("/v1/jobs", json=REQUEST | {"seed": 2}, headers=headers)
+
+    assert again == first
+    assert (other.status_code, code_of(other)) == (409, "conflict")
+    assert place.clients["one"].get(f"/v1/jobs/{first}").json()["labels"] == {"a": "1"}
+
+
+def test_two_tenants_with_the_same_key_have_two_jobs(place: Place) -> None:
+    headers = {"Idempotency-Key": "order 1"}
+    assert place.submit("one", headers=headers) != place.submit("two", headers=headers)
+
+
+def test_long_keys_that_differ_at_their_end_are_two_jobs(place: Place) -> None:
+    keys = [{"Idempotency-Key": "k" * 999 + end} for end in "ab"]
+    assert place.submit(headers=keys[0]) != place.submit(headers=keys[1])
+
+
+def test_a_key_that_comes_many_times_at_once_is_one_job(place: Place) -> None:
+    """All answers have the same job, which is then in the tenant's list."""
+    headers, found = {"Idempotency-Key": uuid.uuid4().hex}, list[str]()
+    threads = [
+        threading.Thread(target=lambda: found.append(place.submit(headers=headers)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    listed = place.clients["one"].get("/v1/jobs", params={"limit": 100}).json()["jobs"]
+    assert [job["id"] for job in listed].count(found[0]) == 1
+
+
+def test_a_refused_job_is_not_in_the_list(place: Place) -> None:
+    """The queue refuses a model that it does not serve, after the job was recorded."""
+    client = place.clients["two"]
+    before = client.get("/v1/jobs").json()
+    refused = client.post("/v1/jobs", json=REQUEST | {"model": "unknown"})
+
+    assert refused.status_code == 422
+    assert refused.json()["path"] == "$.model"
+    assert client.get("/v1/jobs").json() == before
+
+
+# Lists
+
+
+def test_lists_have_pages_and_labels(place: Place) -> None:
+    """Pages have every job once, the newest first; several labels all hold."""
+    mark = uuid.uuid4().hex
+    ids = [
+        place.submit("two", params={"label": [f"batch={mark}", f"even={index % 2 == 0}"]})
+        for index in range(5)
+    ]
+    client = place.clients["two"]
+
+    found, cursor = list[str](), 0
+    while cursor is not None:
+        query: dict[str, Any] = {"label": f"batch={mark}", "limit": 2, "cursor": cursor}
+        page = client.get("/v1/jobs", params=query).json()
+        found += [job["id"] for job in page["jobs"]]
+        cursor = page["cursor"]
+    even = client.get("/v1/jobs", params={"label": [f"batch={mark}", "even=True"]}).json()["jobs"]
+
+    assert sorted(found) == sorted(ids)
+    assert len(found) == 5
+    assert {job["id"] for job in even} == {ids[0], ids[2], ids[4]}
+    assert place.clients["one"].get("/v1/jobs", params={"label": f"batch={mark}"}).json() == {
+        "jobs": [],
+        "cursor": None,
+    }
+
+
+# Limits
+
+
+def test_max_jobs_counts_what_has_not_ended(place: Place) -> None:
+    """The end of a job makes room at once; a refused one counts for nothing."""
+    client = place.clients["few"]
+    first, _ = place.submit("few"), place.submit("few")
+    refused = client.post("/v1/jobs", json=REQUEST)
+    assert (refused.status_code, code_of(refused)) == (429, "too_many_jobs")
+    assert refused.json()["details"] == {"max_jobs": 2}
+    assert int(refused.headers["Retry-After"]) > 0
+
+    client.post(f"/v1/jobs/{first}/cancel")
+    message = wait_until(place.worker.take, "the message of a job")
+    while message is not None:  # those of other tests, too
+        place.worker.run(message)
+        message = place.worker.take()
+
+    place.submit("few")
+    place.submit("few")
+    assert client.post("/v1/jobs", json=REQUEST).status_code == 429
+
+
+def test_an_open_job_may_be_sent_again_at_the_limit(place: Place, broker_url: str) -> None:
+    headers = {"Idempotency-Key": uuid.uuid4().hex}
+    place.worker.redis.delete(f"zlora:http:{place.worker.queue}:open:few")
+    first = place.submit("few", headers=headers)
+    place.submit("few")
+    assert place.submit("few", headers=headers) == first
+
+
+def test_requests_per_minute(place: Place) -> None:
+    """Beyond them: 429, and when to come again; other tenants are served."""
+    answers = [place.clients["seldom"].get("/v1/jobs") for _ in range(5)]
+
+    assert [answer.status_code for answer in answers] == [200] * 3 + [429] * 2
+    assert code_of(answers[-1]) == "too_many_requests"
+    assert 0 < int(answers[-1].headers["Retry-After"]) <= 60
+    assert place.clients["one"].get("/v1/jobs").status_code == 200
+
+
+def test_names_that_a_tenant_may_not_use_are_not_shown(place: Place) -> None:
+    narrow, wide = place.clients["narrow"], place.clients["one"]
+
+    assert narrow.get("/v1/loras").json() == {"names": ["public-y"], "is_complete": True}
+    assert wide.get("/v1/loras").json()["names"] == ["private-x", "public-y"]
+    assert narrow.get("/v1/queue").json()["models"] == ["small"]
+    assert "private-x" not in narrow.get("/v1/queue").text
+    assert wide.get("/v1/queue").json()["unfinished"] > 0
+
+
+def test_a_changed_file_of_keys_counts_at_once(place: Place) -> None:
+    """A key is revoked, and a broken file lets nobody in, without a word of its content."""
+    content, key = tenants.read(place.file), place.clients["two"]
+    others = tuple(known for known in content.keys if known.tenant != "two")
+    try:
+        tenants.write(place.file, msgspec.structs.replace(content, keys=others))
+        assert key.get("/v1/jobs").status_code == 401
+        assert place.clients["one"].get("/v1/jobs").status_code == 200
+
+        place.file.write_text('{"tenants": {"secret name": {}}}')
+        broken = place.clients["one"].get("/v1/jobs")
+        assert (broken.status_code, code_of(broken)) == (503, "misconfigured")
+        assert "secret name" not in broken.text
+        assert str(place.file) not in broken.text
+        assert int(broken.headers["Retry-After"]) > 0
+    finally:
+        tenants.write(place.file, content)
+    assert key.get("/v1/jobs").status_code == 200
+
+
+# Events
+
+
+class Event(NamedTuple):
+    """One server-sent event."""
+
+    name: str
+    id: str | None
+    data: Any
+
+
+def events(answer: httpx.Response) -> Iterator[Event]:
+    """Yield the events of a stream as a browser reads them."""
+    fields: dict[str, str] = {}
+    for line in answer.iter_lines():
+        if not line and "data" in fields:
+            yield Event(fields["event"], fields.get("id"), json.loads(fields["data"]))
+        if not line:
+            fields = {}
+        else:
+            name, _, value = line.partition(":")
+            fields[name] = value.removeprefix(" ")
+
+
+def succeeded(job_id: str, **changes: Any) -> dict[str, Any]:
+    """Return the document of a result whose image is `IMAGE`, inline."""
+    result = fake_result(job_id, parse_request(REQUEST))
+    image = msgspec.structs.replace(
+        result.images[0],
+        size=len(IMAGE),
+        sha256=hashlib.sha256(IMAGE).hexdigest(),
+        data_uri=f"data:image/png;base64,{base64.b64encode(IMAGE).decode()}",
+        url=None,
+    )
+    found: dict[str, Any] = msgspec.to_builtins(
+        msgspec.structs.replace(result, images=(image,), **changes)
+    )
+    return found
+
+
+def test_events_are_progress_previews_and_the_end(place: Place) -> None:
+    """A second connection with the last id is not sent the same status again."""
+    job_id, client = place.submit(), place.clients["one"]
+    preview = "data:image/jpeg;base64,AAAA"
+    with client.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-store"
+        stream = events(answer)
+        queued = next(stream)
+        place.store(job_id, "PROGRESS", {"phase": "denoising", "step": 1, "preview": preview})
+        drawn = next(event for event in stream if event.data["state"] == "PROGRESS")
+    with client.stream(
+        "GET", f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": str(drawn.id)}
+    ) as answer:
+        stream = events(answer)
+        place.store(job_id, "PROGRESS", {"phase": "denoising", "step": 2})
+        later = next(stream)
+        place.store(job_id, "SUCCESS", succeeded(job_id))
+        *_, end = stream
+
+    assert (queued.name, queued.data["state"]) == ("status", "PENDING")
+    assert (drawn.data["step"], drawn.data["preview"]) == (1, preview)
+    assert later.data["step"] == 2
+    assert (end.name, end.id) == ("end", "end")
+    assert end.data["status"]["state"] == "SUCCESS"
+    assert end.data["result"]["job_id"] == job_id
+
+
+def test_after_the_end_a_browser_stops(place: Place) -> None:
+    """204 is the answer to the id of the end; the same id is sent for each end."""
+    job_id, client = place.submit(), place.clients["one"]
+    place.store(job_id, "FAILURE", {"exc_type": "OutOfMemory", "exc_message": ["x", {}],
+                                    "exc_module": "zlora.errors"})  # fmt: skip
+    for _ in range(2):
+        with client.stream("GET", f"/v1/jobs/{job_id}/events") as answer:
+            (end,) = events(answer)
+            assert end.data["error"]["code"] == "out_of_memory"
+    closed = client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": str(end.id)})
+    assert (closed.status_code, closed.content) == (204, b"")
+
+
+# Results and images
+
+
+def test_an_image_has_an_etag(place: Place) -> None:
+    """Its bytes are sent once; `If-None-Match` in any spelling is answered with 304."""
+    job_id, client = place.submit(), place.clients["one"]
+    waiting = client.get(f"/v1/jobs/{job_id}/images/0")
+    assert (waiting.status_code, code_of(waiting)) == (409, "result_timeout")
+    place.store(job_id, "SUCCESS", succeeded(job_id))
+    path = f"/v1/jobs/{job_id}/images/0"
+
+    image = client.get(path)
+    assert (image.status_code, image.content) == (200, IMAGE)
+    assert image.headers["content-type"] == "image/png"
+    tag = image.headers["etag"]
+    for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        again = client.get(path, headers={"If-None-Match": known})
+        assert (again.status_code, again.content) == (304, b"")
+    assert client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
+    for index in ("1", "00", "+0", "x", "%d9%a0", "9" * 5000, "sheet"):
+        missing = client.get(f"/v1/jobs/{job_id}/images/{index}")
+        assert (missing.status_code, code_of(missing)) == (404, "not_found")
+
+
+def test_an_image_with_a_url_is_redirected(place: Place) -> None:
+    job_id = place.submit()
+    result = msgspec.to_builtins(fake_result(job_id, parse_request(REQUEST)))
+    place.store(job_id, "SUCCESS", result)
+
+    answer = place.clients["one"].get(f"/v1/jobs/{job_id}/images/0")
+
+    assert (answer.status_code, answer.headers["cache-control"]) == (307, "no-store")
+    assert answer.headers["location"] == result["images"][0]["url"]
+
+
+def test_head_is_get_without_a_body(place: Place) -> None:
+    """Also of the events of a job that goes on, which are not waited for."""
+    job_id, client = place.submit(), place.clients["one"]
+    for path in ("/v1/jobs", f"/v1/jobs/{job_id}", f"/v1/jobs/{job_id}/events", "/health/live"):
+        head = client.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+
+
+# Other sites, and other ways to Redis
+
+
+def test_other_sites_are_allowed_by_name_only(broker_url: str) -> None:
+    """CORS: the origin of the setting gets its headers, any other gets none."""
+    asked = {"Access-Control-Request-Method": "POST"}
+    with (
+        running(broker_url, ZLORA_HTTP_ORIGINS="https://shop.example") as server,
+        server.client() as client,
+    ):
+        answers = [
+            client.options("/v1/jobs", headers=asked | {"Origin": f"https://{name}.example"})
+            for name in ("shop", "evil")
+        ]
+    allowed = [answer.headers.get("access-control-allow-origin") for answer in answers]
+    assert allowed == ["https://shop.example", None]
