@@ -20,6 +20,7 @@ import yaml
 from deploy.composed import config
 from zlora import config as variables
 from zlora.server import settings as server_settings
+from zlora.server.run import _GRACE as GRACE
 from zlora_worker.settings import Settings
 
 from deploy import images, wiring
@@ -138,6 +139,8 @@ def _life(name: str, service: Mapping[str, Any]) -> Iterator[str]:
         if images.seconds(service["healthcheck"]["start_period"]) < settings.load_timeout:
             period = service["healthcheck"]["start_period"]
             yield f"loading the model may take longer than start_period {period}"
+    if name == "server" and images.seconds(service["stop_grace_period"]) < GRACE + 10:
+        yield "it is killed before its open requests have ended"
     if service["image"].startswith(wiring.OURS) and not service.get("init"):
         yield "no init"
 

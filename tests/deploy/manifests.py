@@ -16,7 +16,7 @@ from typing import Final
 
 import yaml
 from deploy.kustomized import Build, build
-from deploy.pods import demo, gpus, hardening, rollout, secrets, settings, worker
+from deploy.pods import demo, gpus, hardening, rollout, secrets, server, settings, worker
 from deploy.policies import network, reach, selectors, services
 from deploy.scaling import scaling
 
@@ -100,6 +100,7 @@ def facts(found: Build, folder: Path) -> list[str]:
     checks = (
         settings(found),
         worker(found),
+        server(found),
         gpus(found),
         rollout(found),
         hardening(found),

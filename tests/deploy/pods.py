@@ -11,6 +11,9 @@ from deploy.kustomized import Build, mounted, optional_folders
 from zlora import config
 from zlora.errors import InvalidSetting
 from zlora.server import settings as server_settings
+from zlora.server import tenants
+from zlora.server.app import SERVER
+from zlora.server.run import _GRACE as GRACE
 from zlora_worker.settings import Settings
 
 ROOT: Final = Path(__file__).parents[2]
@@ -113,6 +116,24 @@ def worker(found: Build) -> Iterator[str]:
         yield "the Celery names of the workers are not the names of their pods"
 
 
+def server(found: Build) -> Iterator[str]:
+    """Check the keys, probes and times of the HTTP server."""
+    public = {endpoint.path for endpoint in SERVER.endpoints}
+    for owner in found.of("Deployment"):
+        spec = owner["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        if container["command"][:2] != ["zlora", "serve"]:
+            continue
+        if tenants.VARIABLE not in found.variables(container):
+            yield "without API keys the server listens on loopback only"
+        paths = {
+            container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("readiness", "liveness")
+        }
+        yield from (f"the server has no {path} for a probe" for path in sorted(paths - public))
+        if spec["terminationGracePeriodSeconds"] < GRACE + 10:
+            yield "the server is killed before its open requests have ended"
+
+
 def gpus(found: Build) -> Iterator[str]:
     """Check that each worker has one GPU, or none on CPUs; the base sets neither."""
     container = found.worker()
@@ -130,7 +151,8 @@ def rollout(found: Build) -> Iterator[str]:
         yield "maxSurge: there is no spare GPU"
     for budget in found.of("PodDisruptionBudget"):
         if budget["spec"].get("maxUnavailable") in (None, 0, "0%"):
-            yield f"PodDisruptionBudget: the node of a worker cannot be drained: {budget['spec']}"
+            name = budget["metadata"]["name"]
+            yield f"PodDisruptionBudget {name}: a node cannot be drained: {budget['spec']}"
 
 
 def _built_in(dockerfile: Path) -> dict[str, str]:
