@@ -180,6 +180,29 @@ def test_a_server_that_dies_before_the_queue_loses_nothing(
         assert client.job(again.json()["id"]).status().position == 0
 
 
+def test_a_server_that_is_stopped_ends_what_waits(server: Server) -> None:
+    """A stream ends, and its browser connects again; a wait is 503; nothing is cancelled."""
+    job_id = post(server, "k").json()["id"]
+    answers = list[httpx.Response]()
+    waiting = threading.Thread(
+        target=lambda: answers.append(get(server, f"/v1/jobs/{job_id}?wait=60"))
+    )
+    with server.client() as client, client.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
+        lines = stream.iter_lines()
+        assert any(line == "event: status" for line in lines)
+        waiting.start()
+        open_requests = "zlora_http_open_requests 3.0"  # with that of the metrics
+        wait_until(lambda: open_requests in get(server, "/metrics").text, "a request waits")
+        server.process.terminate()
+        assert not any(line == "event: end" for line in lines)
+        waiting.join()
+    server.process.wait()
+
+    assert (answers[0].status_code, answers[0].json()["code"]) == (503, "overloaded")
+    assert server.log is not None
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_data_that_redis_has_lost_is_submitted_again(server: Server, valkey: Valkey) -> None:
     """A lost job is unknown, not forbidden; under its key it is the same job again."""
     job_id = post(server, "k").json()["id"]

@@ -26,7 +26,7 @@ class Server:
     def __init__(
         self, broker_url: str, *options: str, log: Path | None, first: str = "", **variables: str
     ) -> None:
-        self.port, self._options, self._log = free_port(), options, log
+        self.port, self._options, self.log = free_port(), options, log
         self._code = f"{first}\nfrom zlora.cli import main; main()"
         self._environ = clean_environ({"ZLORA_BROKER_URL": broker_url, **variables})
         self.url = f"{'https' if '--certificate' in options else 'http'}://localhost:{self.port}"
@@ -35,10 +35,10 @@ class Server:
         """Start the process, and wait until it listens."""
         command = [sys.executable, "-P", "-c", self._code, "serve"]
         command += ["--port", str(self.port), *self._options]
-        if self._log is None:
+        if self.log is None:
             self.process = subprocess.Popen(command, env=self._environ)
         else:
-            with self._log.open("ab") as log:
+            with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
                     command, env=self._environ, stdout=log, stderr=subprocess.STDOUT
                 )

@@ -24,7 +24,7 @@ from zlora.async_client import AsyncClient
 from zlora.broker.uploads import Uploads
 from zlora.errors import InternalError, ZloraError
 from zlora.server import metrics, openapi, problems
-from zlora.server.endpoint import Api, Call, Endpoint, json_answer
+from zlora.server.endpoint import CLOSING, Api, Call, Endpoint, json_answer
 from zlora.server.job_index import JobIndex
 from zlora.server.load import Load, OpenRequest
 from zlora.server.native import NATIVE
@@ -99,8 +99,8 @@ def make_app(settings: ServerSettings) -> Starlette:
     server = Server(settings)
 
     @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncGenerator[None, None]:
-        yield
+    async def lifespan(_app: Starlette) -> AsyncGenerator[dict[str, asyncio.Event], None]:
+        yield {CLOSING: asyncio.Event()}
         await server.service.close()
         server.rates.close()
 

@@ -21,6 +21,7 @@ S = TypeVar("S", bound=Struct)
 T = TypeVar("T")
 
 MAX_BODY: Final = 2**20  # bytes; the largest request that the queue accepts has half of it
+CLOSING: Final = "closing"  # name of an event in the state of the application (ASGI lifespan)
 _MAX_HEADER: Final = 1000  # characters of a header that is an idempotency key or an event's id
 
 
@@ -47,20 +48,33 @@ class Call:
             details = {"path": "$", "expected": "a JSON document"}
             raise InvalidRequest(f"$: Expected a JSON document: {error}", details) from None
 
+    @property
+    def closing(self) -> asyncio.Event:
+        """What is set when the server is about to end, and nothing must wait any longer."""
+        found: asyncio.Event = self.request.scope["state"][CLOSING]
+        return found
+
     async def unless_gone(self, waiting: Awaitable[T]) -> T:
-        """Return what is waited for; raise `ClientDisconnect` if the client leaves first."""
+        """Return what is waited for.
+
+        Raises `ClientDisconnect` if the client leaves first, `Overloaded` if the server ends.
+        """
         await self.request.body()  # what comes after the body is the end of the connection
         gone: asyncio.Future[Any] = asyncio.ensure_future(self.request.receive())
+        closing = asyncio.ensure_future(self.closing.wait())
         found = asyncio.ensure_future(waiting)
+        tasks: set[asyncio.Future[Any]] = {found, gone, closing}
         try:
-            await asyncio.wait({found, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not found.done():
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if found.done():
+                return found.result()
+            if gone.done():
                 raise ClientDisconnect
-            return found.result()
+            raise problems.Overloaded("the server ends: ask again")
         finally:
-            found.cancel()
-            gone.cancel()
-            await asyncio.wait({found, gone})
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     def query(self, kind: type[S]) -> S:
         """Return the query of the URL; raise `InvalidRequest` for an unknown or wrong parameter."""

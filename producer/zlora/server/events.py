@@ -24,21 +24,29 @@ _RETRY: Final = 2000  # milliseconds until a client connects again
 
 
 async def stream(
-    handle: AsyncJobHandle, *, last_id: str, end: Callable[[], Awaitable[object]]
+    handle: AsyncJobHandle,
+    *,
+    last_id: str,
+    end: Callable[[], Awaitable[object]],
+    closing: asyncio.Event,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a job until its end, whose data `end` returns.
 
     If the job cannot be followed, the last event is `outage`, with the problem as its data and
-    without an id: the client connects again, and still has the id of its last status.
+    without an id: the client connects again, and still has the id of its last status. So it does if
+    the server is `closing`.
     """
     yield b"retry: %d\n\n" % _RETRY
     with metrics.STREAMS.track_inprogress():
         async with aclosing(handle.events()) as statuses:
             pending = asyncio.ensure_future(anext(statuses))
+            over = asyncio.ensure_future(closing.wait())
             try:
-                while True:
-                    done, _ = await asyncio.wait({pending}, timeout=_HEARTBEAT)
-                    if not done:
+                while not over.done():
+                    await asyncio.wait(
+                        {pending, over}, timeout=_HEARTBEAT, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    if not pending.done():
                         yield b": the job goes on\n\n"
                         continue
                     status = pending.result()
@@ -52,8 +60,9 @@ async def stream(
             except ZloraError as error:
                 yield _event("outage", encoded(problem_of(public(error))))
             finally:
+                over.cancel()
                 pending.cancel()
-                await asyncio.wait({pending})  # else `aclose` would find it running
+                await asyncio.wait({pending, over})  # else `aclose` would find it running
 
 
 def _event(name: str, data: bytes, event_id: str | None = None) -> bytes:

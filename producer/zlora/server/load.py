@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from zlora.server import metrics
 from zlora.server.problems import BodyTimeout, BodyTooLarge, Overloaded, TooManyRequests
 
 MAX_OPEN: Final = 4000  # requests that are not answered yet, with streams of events
@@ -32,7 +33,8 @@ class Load:
         self._open += 1
         opened = OpenRequest(self)
         try:
-            yield opened
+            with metrics.OPEN.track_inprogress():
+                yield opened
         finally:
             self._open -= 1
             self._held -= opened.held

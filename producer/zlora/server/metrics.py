@@ -17,6 +17,11 @@ SECONDS: Final = Histogram(
     ("api", "path", "method"),
     registry=REGISTRY,
 )
+OPEN: Final = Gauge(
+    "zlora_http_open_requests",
+    "Requests that are being answered, streams of events included.",
+    registry=REGISTRY,
+)
 STREAMS: Final = Gauge(
     "zlora_http_event_streams", "Streams of events that are open.", registry=REGISTRY
 )

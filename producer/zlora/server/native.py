@@ -215,7 +215,7 @@ async def get_events(call: Call) -> Response:
     async def end() -> Job:
         return await _ended(handle, entry)
 
-    stream = events.stream(handle, last_id=last_id, end=end)
+    stream = events.stream(handle, last_id=last_id, end=end, closing=call.closing)
     return StreamingResponse(stream, headers=headers, media_type=events.MEDIA_TYPE)
 
 

@@ -110,7 +110,6 @@ STATUS: Final[dict[type[ZloraError], HTTPStatus]] = {
     errors.ImageUnavailable: HTTPStatus.BAD_GATEWAY,
     errors.CacheFull: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreFailed: HTTPStatus.SERVICE_UNAVAILABLE,
-    errors.ModelUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.BrokerUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.JobVanished: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.ResultTimeout: HTTPStatus.CONFLICT,
@@ -204,7 +203,7 @@ def headers_of(error: ZloraError) -> dict[str, str]:
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowed):
-        headers["Allow"] = str(error.details["allowed"])
+        headers["Allow"] = str(error.details.get("allowed", ""))
     if status_of(error) in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         headers["Retry-After"] = str(math.ceil(error.retry_after) or _RETRY_AFTER)
     return headers

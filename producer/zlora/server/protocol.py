@@ -7,6 +7,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from zlora.server import problems
+from zlora.server.endpoint import CLOSING
 from zlora.server.problems import NotHttp
 
 READ_SECONDS: Final = 10.0  # for the head of a request, or for the rest of a body that is not read
@@ -62,6 +63,10 @@ class Protocol(H11Protocol):
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
         self._time_writing()
+
+    def shutdown(self) -> None:
+        self.app_state[CLOSING].set()
+        super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP with a problem document."""

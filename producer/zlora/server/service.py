@@ -92,8 +92,9 @@ class Service:
         for path, asset in checked.images.items():
             await self._require_own_image(caller, asset, path)
         job_id = str(uuid.uuid4())
-        if idempotency_key is not None:  # two tenants may have the same key
-            job_id = job_id_of(f"{caller.name}/{job_id_of(idempotency_key)}")
+        if idempotency_key is not None:  # two tenants, or two queues, may have the same key
+            hashed = job_id_of(idempotency_key)
+            job_id = job_id_of(f"{self._client.queue}/{caller.name}/{hashed}")
         entry = Entry(
             tenant=caller.name, api=caller.api, submitted=time.time(), labels=dict(labels or {})
         )

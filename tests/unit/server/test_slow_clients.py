@@ -157,12 +157,12 @@ def test_open_requests_are_bounded(server: Server) -> None:
         job_id = client.post("/v1/jobs", json={"prompt": "x"}).json()["id"]
         wait = f"GET /v1/jobs/{job_id}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         with ExitStack() as stack:
-            waiting = [stack.enter_context(opened(server)) for _ in range(40)]
-            for connection in waiting:
-                connection.sendall(wait)
-            wait_until(
-                lambda: client.get("/v1/jobs").status_code == 503, "the server is full of requests"
-            )
+
+            def is_full() -> bool:
+                stack.enter_context(opened(server)).sendall(wait)
+                return client.get("/v1/jobs").status_code == 503
+
+            wait_until(is_full, "the server is full of requests")
             refused = client.get("/v1/jobs")
             assert refused.json()["code"] == "overloaded"
             assert int(refused.headers["Retry-After"]) > 0
