@@ -70,7 +70,7 @@ def known_metrics() -> Mapping[str, tuple[str, ...]]:
     )
     served = [Meter().registry, WorkerCollector(model="", queue=""), GpuCollector(nvml, None)]
     found = {name: ("queue", *labels) for name, (_, *labels) in GAUGES.items()}
-    for metric in (http.REQUESTS, http.SECONDS, http.STREAMS):  # its series exist after a request
+    for metric in (http.REQUESTS, http.SECONDS, http.OPEN, http.STREAMS):  # no series yet
         (family,) = metric.describe()
         found[f"{family.name}_total" if family.type == "counter" else family.name] = tuple(
             metric._labelnames
