@@ -41,7 +41,8 @@ class Call:
 
         Raises `InvalidRequest`, `BodyTooLarge`, `BodyTimeout` or `Overloaded`.
         """
-        body = await self.request.body()
+        # `Request.body` would keep all of it while the request waits for a job.
+        body = b"".join([piece async for piece in self.request.stream()])
         try:
             return msgspec.json.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -59,8 +60,7 @@ class Call:
 
         Raises `ClientDisconnect` if the client leaves first, `Overloaded` if the server ends.
         """
-        await self.request.body()  # what comes after the body is the end of the connection
-        gone: asyncio.Future[Any] = asyncio.ensure_future(self.request.receive())
+        gone = asyncio.ensure_future(self._gone())
         closing = asyncio.ensure_future(self.closing.wait())
         found = asyncio.ensure_future(waiting)
         tasks: set[asyncio.Future[Any]] = {found, gone, closing}
@@ -69,12 +69,18 @@ class Call:
             if found.done():
                 return found.result()
             if gone.done():
+                gone.result()  # raises for a body that is too large or too slow
                 raise ClientDisconnect
             raise problems.Overloaded("the server ends: ask again")
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+    async def _gone(self) -> None:
+        """Return once the client has left; a body that nobody has read is dropped."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
 
     def query(self, kind: type[S]) -> S:
         """Return the query of the URL; raise `InvalidRequest` for an unknown or wrong parameter."""
