@@ -25,19 +25,20 @@ keep() { # standard input into the file $1, which all users may read: the folder
 }
 
 [ -e "$folder/broker_password" ] || fresh | keep broker_password
-for user in producer worker operator flower metrics; do
+for user in producer server worker operator flower metrics; do
     [ -e "$folder/broker_url_$user" ] ||
         printf 'redis://%s:%s@%s/0\n' "$user" "$(fresh)" "$address" | keep "broker_url_$user"
 done
 
 # Keys. %R~ is read only; \x06\x16 comes from kombu.
-lists='' produced='' served='' watched='' letters=''
+lists='' produced='' indexed='' served='' watched='' letters=''
 for queue in "$@"; do
     lists="$lists ~$queue \"~$queue\\x06\\x16[1-9]\""
     produced="$produced ~_kombu.binding.$queue ~_kombu.binding_permanent.$queue"
     produced="$produced ~zlora:ledger:$queue ~zlora:expiring:$queue ~zlora:outbox:$queue"
     produced="$produced %R~zlora:serves:$queue"
     produced="$produced ~zlora:recall:$queue ~zlora:recall:$queue:* ~zlora:cancel:$queue ~zlora:cancel:$queue:*"
+    indexed="$indexed ~zlora:http:$queue:*"
     served="$served ~zlora:*:$queue %R~zlora:http:$queue:file:*"
     watched="$watched %R~zlora:*:$queue"
     letters="$letters ~zlora:dead:$queue ~zlora:poisoned:$queue ~zlora:requeued:$queue"
@@ -54,6 +55,8 @@ submit='+lpush +llen +exists' # of messages: no command that takes, replaces or 
 scripts='+eval +evalsha +script|load +script|exists +multi +exec'
 produce="$scripts +hget +hmget +hgetall +hkeys +hset +hsetnx +hdel +hexists +expire +exists +zadd +zrem +zrank +time"
 produce="$produce +lpush +info +wait +llen +blpop +get +mget +setex +publish +subscribe +unsubscribe +sadd"
+index='+set +del +rename +incrby +pttl +zrange +zrevrange +zinter +zremrangebyscore +zremrangebyrank'
+index="$index +hstrlen +hlen" # all of these for keys of the HTTP server only
 receive="$scripts +publish +brpop +llen +del +exists +pexpire +sadd +srem +time +zadd +zrem +zrangebyscore"
 look='+llen +lindex +zcard +zcount +get +hmget +time +hscan +eval +type +hlen' # +type and +hlen are for KEDA
 serve="$produce $receive $look +set +incr +hincrby +rpush +lrange +smembers +watch +unwatch"
@@ -64,6 +67,8 @@ umask 077
 cat >"$folder/broker_config.new" <<END
 user default on >$(cat "$folder/broker_password") ~* &* +@all
 user producer on >$(password producer)$produced &celery-task-meta-* $any $produce ($lists $submit)
+user server on >$(password server)$produced$indexed &celery-task-meta-* $any $produce +zcard +zscore \
+ ($lists $submit) ($indexed $index)
 user worker on >$(password worker)$lists$produced$served $replies ~zlora:lease:* ~unacked ~unacked_index ~unacked_mutex \
  &celery-task-meta-* &/0.celeryev/* $any $serve (+psubscribe +punsubscribe &/0.celery.pidbox &/0.celeryev/*)
 user operator on >$(password operator)$produced &celery-task-meta-* &/0.celery.pidbox $any $produce \

@@ -23,7 +23,7 @@ from packaging.version import Version
 FOLDER: Final = Path(__file__).parent
 ROOT: Final = FOLDER.parents[1]
 # Extras of this package by image; `build` is what makes the wheel of this package.
-IMAGES: Final = {"build": (), "tools": ("flower", "preflight"), "worker": ("worker",)}
+IMAGES: Final = {"build": (), "tools": ("flower", "preflight", "server"), "worker": ("worker",)}
 _HEADER: Final = "# Written by deploy/docker/locks.py for Python 3.11 on Linux on x86_64.\n"
 
 

@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
-# Producer, Flower and queue metrics, without torch. The root may be read-only; /pictures and /tmp are
-# written.
+# Producer, HTTP server, Flower and queue metrics, without torch. The root may be read-only; /pictures,
+# /keys and /tmp are written.
 #
 #   docker build -f deploy/docker/tools.Dockerfile -t z-image-lora/tools:0.1.0 .
 #
-# Size: 0.22 GB. Measured where the tests run: the 45 packages of '.[flower,preflight]' have 82 MB.
+# Size: 0.22 GB. Measured where the tests run: the 51 packages of '.[flower,preflight,server]' have 85 MB.
 # Estimated: the base image has 0.13 GB.
 # By digest: --build-arg PYTHON=python:3.11.15-slim-trixie@sha256:..., see docs/operations.md.
 ARG PYTHON=python:3.11.15-slim-trixie
@@ -21,7 +21,7 @@ COPY worker worker
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM base AS tools
-RUN useradd --no-create-home --uid 10001 zlora && install -d -o zlora -g zlora /pictures
+RUN useradd --no-create-home --uid 10001 zlora && install -d -o zlora -g zlora /pictures /keys
 COPY deploy/docker/tools.lock /tools.lock
 RUN pip install --require-hashes --no-deps --requirement /tools.lock
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-deps /wheels/*.whl && pip check

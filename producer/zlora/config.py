@@ -133,6 +133,14 @@ def home(environ: Mapping[str, str]) -> Path:
     return data / "zlora"
 
 
+class SettingRow(NamedTuple):
+    """Row of the reference page: variables of one setting, the first that is set wins."""
+
+    names: tuple[str, ...]
+    default: str  # as the variable's text; empty if there is none
+    note: str
+
+
 class Sentinels(NamedTuple):
     """A URL of Sentinels, `sentinel://user:password@host:port,host:port/0?master=name`.
 

@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 from deploy.composed import config
 from zlora import config as variables
+from zlora.server import settings as server_settings
+from zlora.server.run import _GRACE as GRACE
 from zlora_worker.settings import Settings
 
 from deploy import images, wiring
@@ -26,12 +28,13 @@ from deploy import images, wiring
 ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2]).resolve()
 BIN = Path(sys.executable).parent
 
+_PROFILES = [word for name in ("http", "monitoring", "example") for word in ("--profile", name)]
 _STACKS = {
     "plain": ["-f", "docker-compose.yml"],
     "cpu": ["-f", "docker-compose.yml", "-f", "docker-compose.cpu.yml"],
-    "all profiles": ["-f", "docker-compose.yml", "--profile", "monitoring", "--profile", "example"],
+    "all profiles": ["-f", "docker-compose.yml", *_PROFILES],
 }
-_ONCE = {"bucket", "producer", "operator"}  # services that run once
+_ONCE = {"bucket", "keys", "producer", "operator"}  # services that run once
 _YAML = (
     "docker-compose.yml",
     "docker-compose.cpu.yml",
@@ -57,7 +60,8 @@ _FOREIGN = {
     "FLOWER_ADDRESS",
     "http_proxy",
 }
-_SECRET_NAME = re.compile("PASSWORD|SECRET|TOKEN|CREDENTIAL|AUTH|BROKER_URL|RESULT_BACKEND|_KEY")
+# Not ZLORA_API_KEYS, the path of a file without keys.
+_SECRET_NAME = re.compile("PASSWORD|SECRET|TOKEN|CREDENTIAL|AUTH|BROKER_URL|RESULT_BACKEND|_KEY$")
 
 
 def problems() -> Iterator[str]:
@@ -135,6 +139,8 @@ def _life(name: str, service: Mapping[str, Any]) -> Iterator[str]:
         if images.seconds(service["healthcheck"]["start_period"]) < settings.load_timeout:
             period = service["healthcheck"]["start_period"]
             yield f"loading the model may take longer than start_period {period}"
+    if name == "server" and images.seconds(service["stop_grace_period"]) < GRACE + 10:
+        yield "it is killed before its open requests have ended"
     if service["image"].startswith(wiring.OURS) and not service.get("init"):
         yield "no init"
 
@@ -175,6 +181,7 @@ def _values(environ: Mapping[str, str | None]) -> Iterator[str]:
 def _known_names() -> set[str]:
     names = {variables.BROKER_URL, variables.RESULT_BACKEND, variables.HOME}
     names |= {name for item in fields(Settings) for name in item.metadata.get("names", ())}
+    names |= {name for row in server_settings.reference() for name in row.names}
     return names | {f"{name}_FILE" for name in names} | _FOREIGN
 
 

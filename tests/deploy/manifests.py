@@ -16,14 +16,14 @@ from typing import Final
 
 import yaml
 from deploy.kustomized import Build, build
-from deploy.pods import demo, gpus, hardening, rollout, secrets, settings, worker
+from deploy.pods import demo, gpus, hardening, rollout, secrets, server, settings, worker
 from deploy.policies import network, reach, selectors, services
 from deploy.scaling import scaling
 
 ROOT: Final = Path(__file__).parents[2]
 BIN: Final = Path(sys.executable).parent
 BUILDS: Final = ("base", "overlays/nvidia", "overlays/demo")
-BUILTIN: Final = ("v1", "apps/v1", "policy/v1", "networking.k8s.io/v1")
+BUILTIN: Final = ("v1", "apps/v1", "autoscaling/v2", "policy/v1", "networking.k8s.io/v1")
 RULES: Final = "components/alerts/alerts.yaml"
 YAMLLINT: Final = """
 extends: default
@@ -100,6 +100,7 @@ def facts(found: Build, folder: Path) -> list[str]:
     checks = (
         settings(found),
         worker(found),
+        server(found),
         gpus(found),
         rollout(found),
         hardening(found),

@@ -43,6 +43,7 @@ PATHS: Final = {
     "/models": "{folder}/models",
     "/loras": "{folder}/loras",
     "/pictures": "{folder}/pictures",
+    "/keys": "{folder}/keys",
     "/prometheus": "{folder}/{instance}/data",
     "/etc/prometheus": "{folder}/prometheus",
     "/opt/bucket.sh": "{root}/deploy/s3/bucket.sh",
@@ -55,6 +56,7 @@ PORTS: Final = {
         "-volume.port={store:8080}",
         "-filer.port={store:8888}",
     ),
+    "server": ("--port={server:8000}",),
     "flower": ("--port={flower:5555}",),
 }
 LISTENERS: Final = {
@@ -63,7 +65,14 @@ LISTENERS: Final = {
 }
 GRPC: Final = 10_000  # above each port of the store is its gRPC port
 # The service of each port in a command; None is the service itself, of which several may run.
-ADDRESSES: Final = {8333: "store", 9333: "store", 5555: "flower", 9808: None, 9090: None}
+ADDRESSES: Final = {
+    8333: "store",
+    9333: "store",
+    5555: "flower",
+    8000: "server",
+    9808: None,
+    9090: None,
+}
 
 Document = dict[str, Any]
 
@@ -225,18 +234,15 @@ class Machine:
         config["global"] = {"scrape_interval": every, "evaluation_interval": every}
         for job in config["scrape_configs"]:
             if entries := job.pop("dns_sd_configs", None):
-                name, port = entries[0]["names"][0], entries[0]["port"]
-                assert name in self.services["worker"]["networks"]["inside"]["aliases"]
-                targets = [
-                    f"127.0.0.1:{self.port(f'worker-{number}', port)}"
-                    for number in range(1, workers + 1)
-                ]
-                job["static_configs"] = [{"targets": targets}]
+                service, port = entries[0]["names"][0], entries[0]["port"]
             else:
-                (entry,) = job["static_configs"]
-                service, _, port = entry["targets"][0].partition(":")
-                own = service if service == "flower" else f"{service}-1"
-                entry["targets"] = [f"127.0.0.1:{self.port(own, int(port))}"]
+                service, _, port = job["static_configs"][0]["targets"][0].partition(":")
+            if service in self.services["worker"]["networks"]["inside"]["aliases"]:
+                owners = [f"worker-{number}" for number in range(1, workers + 1)]
+            else:
+                owners = [service if service in ADDRESSES.values() else f"{service}-1"]
+            targets = [f"127.0.0.1:{self.port(owner, int(port))}" for owner in owners]
+            job["static_configs"] = [{"targets": targets}]
             if account := job.get("basic_auth"):
                 account["password_file"] = self._path(account["password_file"], "prometheus-1")
         (place / "prometheus.yml").write_text(yaml.safe_dump(config))

@@ -10,6 +10,10 @@ from typing import Final
 from deploy.kustomized import Build, mounted, optional_folders
 from zlora import config
 from zlora.errors import InvalidSetting
+from zlora.server import settings as server_settings
+from zlora.server import tenants
+from zlora.server.app import SERVER
+from zlora.server.run import _GRACE as GRACE
 from zlora_worker.settings import Settings
 
 ROOT: Final = Path(__file__).parents[2]
@@ -21,7 +25,7 @@ FOREIGN: Final = {
     "HF_TOKEN_PATH",
     "NVIDIA_DRIVER_CAPABILITIES",
 }
-FOREIGN_TOO: Final = {"FLOWER_ADDRESS", "FLOWER_AUTH_FILE", "HOME"}
+FOREIGN_TOO: Final = {"FLOWER_ADDRESS", "FLOWER_AUTH_FILE", "HOME", "http_proxy"}
 CERTIFICATE: Final = {"WEED_GRPC_S3_CERT", "WEED_GRPC_S3_KEY", "WEED_GRPC_CA"}
 NAMED: Final = [field for field in fields(Settings) if field.metadata]
 SECRETS: Final = {
@@ -29,6 +33,7 @@ SECRETS: Final = {
 }
 SETTINGS: Final = {
     *(name for field in NAMED for name in field.metadata["names"]),
+    *(name for row in server_settings.reference() for name in row.names),
     *(config.BROKER_URL, config.RESULT_BACKEND, config.HOME, config.SECRETS),
 }
 
@@ -111,6 +116,24 @@ def worker(found: Build) -> Iterator[str]:
         yield "the Celery names of the workers are not the names of their pods"
 
 
+def server(found: Build) -> Iterator[str]:
+    """Check the keys, probes and times of the HTTP server."""
+    public = {endpoint.path for endpoint in SERVER.endpoints}
+    for owner in found.of("Deployment"):
+        spec = owner["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        if container["command"][:2] != ["zlora", "serve"]:
+            continue
+        if tenants.VARIABLE not in found.variables(container):
+            yield "without API keys the server listens on loopback only"
+        paths = {
+            container[f"{probe}Probe"]["httpGet"]["path"] for probe in ("readiness", "liveness")
+        }
+        yield from (f"the server has no {path} for a probe" for path in sorted(paths - public))
+        if spec["terminationGracePeriodSeconds"] < GRACE + 10:
+            yield "the server is killed before its open requests have ended"
+
+
 def gpus(found: Build) -> Iterator[str]:
     """Check that each worker has one GPU, or none on CPUs; the base sets neither."""
     container = found.worker()
@@ -128,7 +151,8 @@ def rollout(found: Build) -> Iterator[str]:
         yield "maxSurge: there is no spare GPU"
     for budget in found.of("PodDisruptionBudget"):
         if budget["spec"].get("maxUnavailable") in (None, 0, "0%"):
-            yield f"PodDisruptionBudget: the node of a worker cannot be drained: {budget['spec']}"
+            name = budget["metadata"]["name"]
+            yield f"PodDisruptionBudget {name}: a node cannot be drained: {budget['spec']}"
 
 
 def _built_in(dockerfile: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from deploy.kustomized import Build, Document, selects
 SCRAPED: Final = {
     "zlora-worker",
     "zlora-queue",
+    "zlora-server",
 }  # services; the alert rules use the names as `job`
 BROKER: Final = 6379
 STORE: Final = 8333
@@ -74,6 +75,7 @@ ELSEWHERE: Final = {"app.kubernetes.io/name": "any"}
 DNS: Final = Pod("DNS", "kube-system", ELSEWHERE, {})
 PROMETHEUS: Final = Pod("Prometheus", "monitoring", ELSEWHERE, {})
 KEDA: Final = Pod("KEDA", "keda", ELSEWHERE, {})
+CALLER: Final = Pod("a client", "shop", {"z-image-lora/http": "true"}, {})
 INGRESS: Final = Pod("the ingress", "ingress", {"app.kubernetes.io/name": "ingress-nginx"}, {})
 
 
@@ -150,9 +152,9 @@ def selectors(found: Build) -> Iterator[str]:
             yield f"ServiceMonitor: expected the services {SCRAPED}"
         ports = {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]}
         yield from (
-            f"ServiceMonitor: {service['metadata']['name']} has no port {ports}"
+            f"ServiceMonitor: {service['metadata']['name']} expected one port of {ports}"
             for service in services
-            if not ports <= {port["name"] for port in service["spec"]["ports"]}
+            if len(ports & {port["name"] for port in service["spec"]["ports"]}) != 1
         )
 
 
@@ -182,11 +184,13 @@ def _needed(found: Build) -> Iterator[tuple[Pod, Pod, str, int]]:
             yield from ((pod, broker, "TCP", BROKER) for broker in brokers)
         if "AWS_SHARED_CREDENTIALS_FILE" in given:
             yield from ((pod, store, "TCP", STORE) for store in stores)
-        clients = {"metrics": PROMETHEUS, "http": INGRESS, "redis": KEDA}
+        clients = {"metrics": [PROMETHEUS], "http": [INGRESS], "redis": [KEDA]}
+        if pod.name in SCRAPED:
+            clients["http"] = [INGRESS, PROMETHEUS, CALLER]
         yield from (
-            (clients[name], pod, "TCP", number)
+            (client, pod, "TCP", number)
             for name, number in pod.ports.items()
-            if name in clients
+            for client in clients.get(name, ())
         )
 
 
@@ -238,7 +242,7 @@ def _is_port(port: Document, protocol: str, number: int, names: Mapping[str, int
 
 def services(found: Build, folder: Path) -> Iterator[str]:
     """Check that Services use ports of their pods, and that addresses of Services exist."""
-    open_ports = set()
+    open_ports, named_ports = set(), set()
     for service in found.of("Service"):
         pods = [
             pod
@@ -248,8 +252,12 @@ def services(found: Build, folder: Path) -> Iterator[str]:
         name = service["metadata"]["name"]
         for port in service["spec"]["ports"]:
             open_ports.add((name, str(port["port"])))
+            named_ports.add((name, port["name"]))
             if not all(port["targetPort"] in pod.ports for pod in pods):
                 yield f"Service {name}: no port of its pods is named {port['targetPort']}"
+    for name, backend in _backends(found):
+        if (backend["name"], backend["port"]["name"]) not in named_ports:
+            yield f"Ingress {name}: no such Service and port as {backend}"
     script = folder / found.name / "secrets.sh"
     texts = [text for _, given in _own(found) for text in given.values()]
     texts += [script.read_text("utf-8")] if script.is_file() else []
@@ -260,3 +268,11 @@ def services(found: Build, folder: Path) -> Iterator[str]:
     ):
         if (host, number) not in open_ports:
             yield f"{host}:{number}: no such Service"
+
+
+def _backends(found: Build) -> Iterator[tuple[str, Document]]:
+    """Return the Services that Ingresses name, each with the Ingress' name."""
+    for ingress in found.of("Ingress"):
+        for rule in ingress["spec"]["rules"]:
+            for path in rule["http"]["paths"]:
+                yield ingress["metadata"]["name"], path["backend"]["service"]

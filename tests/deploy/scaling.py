@@ -15,7 +15,14 @@ DATABASE: Final = "0"  # in the README's address
 
 
 def scaling(found: Build) -> Iterator[str]:
-    """Check that the triggers count the waiting and running jobs, and scale the workers."""
+    """Check that the triggers count the waiting and running jobs, and what is scaled."""
+    for autoscaler in found.of("HorizontalPodAutoscaler"):
+        target = autoscaler["spec"]["scaleTargetRef"]
+        owners = [
+            one for one in found.of(target["kind"]) if one["metadata"]["name"] == target["name"]
+        ]
+        if len(owners) != 1 or "replicas" in owners[0]["spec"]:
+            yield f"HorizontalPodAutoscaler: expected {target}, without a number of its own"
     queue = found.variables(found.worker())["ZLORA_QUEUE"]
     for scaled in found.of("ScaledObject"):
         spec, triggers = scaled["spec"], scaled["spec"]["triggers"]

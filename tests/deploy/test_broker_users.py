@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import httpx
 import msgspec
 import pytest
 import redis
@@ -21,16 +22,19 @@ from celery import Celery
 from click.testing import CliRunner
 from support.figures import Tally
 from support.guarded import ROOT, USERS, GuardedRedis
+from support.http_server import running, write_keys
 from support.processes import Worker, clean_environ, free_port, wait_until
 from support.scene import Scene, request
 from support.servers import Host, reply, serving
 from zlora import Cancellation, Client, JobState
+from zlora.broker import uploads
 from zlora.broker.celery_app import shared_config
 from zlora.broker.dead_jobs import DeadJob
 from zlora.broker.job_store import Submission
 from zlora.broker.keys import dead_jobs_key, job_key, waiting_lists
 from zlora.cli import doctor, main
 from zlora.errors import InvalidSetting, JobExpired, JobRevoked
+from zlora.server.tenants import Tenant
 
 ACCOUNT: Final = ("operator", "word")
 PAGES: Final = (
@@ -52,11 +56,12 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedRedis]:
 
 
 class Watched(NamedTuple):
-    """What Flower, `zlora metrics`, `zlora doctor` and the receiver of webhooks have seen."""
+    """What all programs and the receiver of webhooks have seen."""
 
     pages: dict[str, requests.Response]
     metrics: str
     checks: dict[str, str]  # of the operator
+    answers: dict[str, int | str]  # of the HTTP server
     events: list[str]
     denials: list[tuple[str, str, str]]
 
@@ -91,8 +96,9 @@ def watched(broker: GuardedRedis, tmp_path_factory: pytest.TempPathFactory) -> W
             wait_until(lambda: worker_of(flower), "Flower sees the worker")
             pages = {page: get(flower + page) for page in PAGES}
             checks = operate(broker)
+            answers = ask_server(broker, folder)
         denials = broker.denials()
-        return Watched(pages, get(metrics).text, checks, receiver.asked, denials)
+        return Watched(pages, get(metrics).text, checks, answers, receiver.asked, denials)
 
 
 def answer(broker: GuardedRedis, client: Client, receiver: Host) -> None:
@@ -136,6 +142,60 @@ def operate(broker: GuardedRedis) -> dict[str, str]:
         ran = CliRunner().invoke(main, words.split(), env=environ, catch_exceptions=False)
         assert ran.exit_code == 0, ran.output
     return {check.name: check.status for check in doctor.checks(environ)}
+
+
+def ask_server(broker: GuardedRedis, folder: Path) -> dict[str, int | str]:
+    """Use everything of the HTTP server that asks Redis; return statuses, or what the end says."""
+    file = folder / "keys.json"
+    keys = write_keys(
+        file, shop=Tenant(), small=Tenant(max_jobs=1), hasty=Tenant(requests_per_minute=2)
+    )
+    with running(
+        broker.url("server"), log=folder / "server.log", ZLORA_API_KEYS=str(file)
+    ) as server:
+
+        def ask(method: str, path: str, *, key: str = "shop", **options: Any) -> httpx.Response:
+            headers = {"Authorization": f"Bearer {keys[key]}", **options.pop("headers", {})}
+            return httpx.request(
+                method, server.url + path, headers=headers, trust_env=False, timeout=90, **options
+            )
+
+        def submit(label: str, query: str = "", **options: Any) -> httpx.Response:
+            body = request(label, fields=options.pop("fields", None))
+            return ask("POST", f"/v1/jobs{query}", json=body, **options)
+
+        once = {"headers": {"Idempotency-Key": "once"}}
+        labels = "?label=shop=1&label=cart=2"
+        job = submit("by-http", f"{labels}&wait=60", **once).json()
+        events = ask("GET", f"/v1/jobs/{job['id']}/events").text
+        queued = [submit(label, key="small") for label in ("first", "second")]
+        found: dict[str, int | str] = {
+            "submitted": job["status"]["state"],
+            "submitted again": submit("by-http", labels, **once).json()["id"] == job["id"],
+            "its last event": events.split("event: ")[-1].partition("\n")[0],
+            "listed": len(ask("GET", f"/v1/jobs{labels}").json()["jobs"]),
+            "listed by one label": len(ask("GET", "/v1/jobs?label=cart=2").json()["jobs"]),
+            "result": ask("GET", f"/v1/jobs/{job['id']}/result").status_code,
+            "of another tenant": ask("GET", f"/v1/jobs/{job['id']}", key="small").status_code,
+            "jobs at once": max(answer.status_code for answer in queued),
+            "cancelled": ask("POST", f"/v1/jobs/{job['id']}/cancel").json()["was"],
+            "refused": submit("no", "?expires_in=-1").status_code,
+            "uploaded, until the first is dropped": max(
+                ask("POST", "/v1/uploads", content=bytes([number]) * uploads.MAX_BYTES).status_code
+                for number in range(uploads.MAX_TENANT_BYTES // uploads.MAX_BYTES + 1)
+            ),
+            "queue": ask("GET", "/v1/queue").status_code,
+            "catalogue": ask("GET", "/v1/loras").status_code,
+            "ready": ask("GET", "/health/ready").status_code,
+            "requests a minute": max(
+                ask("GET", "/v1/jobs", key="hasty").status_code for _ in range(3)
+            ),
+        }
+        with broker.client() as admin:  # more than a minute has passed
+            for key in admin.scan_iter("zlora:http:gpu:rate:*"):
+                admin.pexpire(key, 1000)
+        found["a minute later"] = ask("GET", "/v1/jobs", key="hasty").status_code
+    return found
 
 
 def poisoned() -> DeadJob:
@@ -204,6 +264,27 @@ def test_no_program_needs_a_right_that_its_user_does_not_have(watched: Watched) 
     assert watched.denials == []
 
 
+def test_the_http_server_does_all_by_its_user(watched: Watched) -> None:
+    assert watched.answers == {
+        "submitted": "SUCCESS",
+        "submitted again": True,
+        "its last event": "end",
+        "listed": 1,
+        "listed by one label": 1,
+        "result": 200,
+        "of another tenant": 404,
+        "jobs at once": 429,
+        "cancelled": "finished",
+        "refused": 422,
+        "uploaded, until the first is dropped": 200,
+        "queue": 200,
+        "catalogue": 200,
+        "ready": 200,
+        "requests a minute": 429,
+        "a minute later": 200,
+    }
+
+
 def test_flower_metrics_and_doctor_see_all_by_their_users(watched: Watched) -> None:
     assert {page: answer.status_code for page, answer in watched.pages.items()} == dict.fromkeys(
         PAGES, 200
@@ -246,7 +327,26 @@ NOBODY: Final = (
 )
 REMOTE_CONTROL: Final = "PUBLISH /0.celery.pidbox x"
 FORBIDDEN: Final[dict[str, tuple[str, ...]]] = {
+    "server": (
+        REMOTE_CONTROL,
+        "SUBSCRIBE /0.celery.pidbox",
+        "BRPOP gpu 1",
+        "LRANGE gpu 0 -1",
+        "DEL gpu",
+        "SET zlora:job:x y",
+        "DEL celery-task-meta-x",
+        "DEL zlora:ledger:gpu",
+        "RENAME zlora:http:gpu:job:x zlora:job:x",
+        "HGETALL unacked",
+        "SETEX zlora:lease:x 9 y",
+        "SET zlora:http:other:job:x y",
+        "ZADD zlora:dead:gpu 1 x",
+        "HGETALL zlora:dead:gpu",
+        "ZADD zlora:ledger:other 1 x",
+    ),
     "producer": (
+        "GET zlora:http:gpu:job:x",
+        "HGET zlora:http:gpu:file:x data",
         REMOTE_CONTROL,
         "SUBSCRIBE /0.celery.pidbox",
         "LPUSH x.reply.celery.pidbox x",

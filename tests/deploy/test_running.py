@@ -28,7 +28,7 @@ from zlora.errors import LoraNotAllowed
 from zlora.schema import GenerateResult
 
 JOBS: Final = 20
-WATCHING: Final = ("queue-metrics", "flower", "prometheus")
+WATCHING: Final = ("queue-metrics", "flower", "server", "prometheus")
 CHECKED: Final = (
     "store",
     "worker",
@@ -65,6 +65,13 @@ class Outcome:
     output: str  # of the producer
     doctor: str  # output of the operator
     early: set[str]  # services that were healthy before they were started
+    api_key: str  # of a tenant of the HTTP server
+
+    def ask(self, method: str, path: str, **options: Any) -> requests.Response:
+        """Send a request with the API key to the HTTP server."""
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        address = self.url("server", 8000) + path
+        return requests.request(method, address, headers=headers, timeout=90, **options)
 
     def url(self, service: str, port: int) -> str:
         return f"http://127.0.0.1:{self.machine.port(service, port)}"
@@ -72,7 +79,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    found: dict[str, Any] = parsed("monitoring", "example")["services"]
+    found: dict[str, Any] = parsed("http", "monitoring", "example")["services"]
     return found
 
 
@@ -81,6 +88,7 @@ def machine(services: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     made = Machine(folder=tmp_path_factory.mktemp("machine"), services=services)
     made.secrets()
     made.prometheus(2, every="1s")
+    (made.folder / "keys").mkdir()
     return made
 
 
@@ -89,8 +97,8 @@ def ran(machine: Machine) -> Iterator[Outcome]:
     """Start all services, run a producer's job, 20 jobs at once, and stop a worker."""
     with ExitStack() as stack:
 
-        def start(service: str, number: int = 1) -> Running:
-            return stack.enter_context(machine.started(service, number))
+        def start(service: str, number: int = 1, *words: str) -> Running:
+            return stack.enter_context(machine.started(service, number, *words))
 
         early = {service for service in CHECKED if machine.healthy(service)}
         broker_url = machine.broker_url("producer")
@@ -100,6 +108,8 @@ def ran(machine: Machine) -> Iterator[Outcome]:
         start("store")
         wait_until(lambda: machine.healthy("store"), "the store is healthy")
         statuses = {"bucket": start("bucket").process.wait(60)}
+        keys = start("keys", 1, "add", "shop")
+        statuses["keys"] = keys.process.wait(60)
         workers = [start("worker", number) for number in (1, 2)]
         for service in WATCHING:
             start(service)
@@ -139,6 +149,7 @@ def ran(machine: Machine) -> Iterator[Outcome]:
             producer.log.read_text(),
             operator.log.read_text(),
             early,
+            keys.log.read_text().strip(),
         )
 
 
@@ -179,6 +190,36 @@ def test_a_stopped_worker_finishes_its_job_and_no_job_is_lost(ran: Outcome) -> N
     assert ran.statuses["worker-2"] == 0
     assert len({result.images[0].key for result in ran.results}) == 2 * JOBS
     assert all(result.base_intact and result.attempt == 1 for result in ran.results)
+
+
+def test_the_http_server_needs_a_key_draws_and_gives_images(ran: Outcome) -> None:
+    """An image is a redirect to its signed URL, or its bytes, which the server has from the store.
+
+    A new key is known without a restart, and a revoked one is not.
+    """
+    address = ran.url("server", 8000)
+    assert ran.statuses["keys"] == 0, ran.api_key
+    assert requests.get(f"{address}/v1/queue", timeout=5).status_code == 401
+    body = {"prompt": "a portrait in anime style", "num_inference_steps": 2}
+    job = ran.ask("POST", "/v1/jobs?wait=60", json=body).json()
+    assert job["status"]["state"] == "SUCCESS"
+    image = f"/v1/jobs/{job['id']}/images/0"
+    redirect = ran.ask("GET", image, allow_redirects=False)
+    assert redirect.headers["Location"].startswith(ran.url("store", 8333))
+    drawn = requests.get(redirect.headers["Location"], timeout=5).content
+    assert drawn.startswith(b"\x89PNG")
+    assert ran.ask("GET", f"{image}?proxy=true").content == drawn
+    with ran.machine.started("keys", 2, "add", "shop") as another:
+        assert another.process.wait(60) == 0
+    other = {"Authorization": f"Key {another.log.read_text().strip()}"}
+    assert requests.get(f"{address}/v1/queue", headers=other, timeout=5).status_code == 200
+    with ran.machine.started("keys", 3, "list") as listed:
+        assert listed.process.wait(60) == 0
+    newest = listed.log.read_text().splitlines()[-1].split()[0]
+    with ran.machine.started("keys", 4, "revoke", newest) as revoked:
+        assert revoked.process.wait(60) == 0
+    assert requests.get(f"{address}/v1/queue", headers=other, timeout=5).status_code == 401
+    assert ran.ask("GET", "/v1/queue").status_code == 200
 
 
 def test_images_are_opened_by_signed_urls_only(ran: Outcome) -> None:
@@ -223,7 +264,7 @@ def test_each_service_has_the_rights_in_redis_that_it_needs(ran: Outcome) -> Non
     with redis.Redis.from_url(ran.machine.broker_url("default")) as broker:
         assert broker.acl_log() == []
     assert "workers: 2 serve the queue" in ran.doctor
-    for user in ("producer", "worker", "flower", "metrics", "operator"):
+    for user in ("producer", "server", "worker", "flower", "metrics", "operator"):
         with (
             redis.Redis.from_url(ran.machine.broker_url(user)) as broker,
             pytest.raises(redis.exceptions.NoPermissionError),
@@ -256,7 +297,7 @@ def test_flower_and_its_metrics_need_an_account(ran: Outcome) -> None:
 
 def test_prometheus_answers_every_panel_and_every_rule(ran: Outcome) -> None:
     place = ran.url("prometheus-1", 9090)
-    assert _unanswered(place) == []
+    assert _unanswered(ran, place) == []
     assert missing_counters(place) == []
     succeeded = 'sum(max_over_time(zlora_jobs_total{outcome="success"}[10m]))'
     (series,) = requests.get(
@@ -313,10 +354,11 @@ def _dumped(url: str, screenshot: Path, folder: Path) -> str:
     return dumped.stdout
 
 
-def _unanswered(place: str) -> list[str]:
-    """Return the panels without an answer after enough scrapes for a rate."""
+def _unanswered(ran: Outcome, place: str) -> list[str]:
+    """Return the panels without an answer after enough scrapes for a rate, also of requests."""
     end = time.monotonic() + 45
     while (left := unanswered(place)) and time.monotonic() < end:
+        ran.ask("GET", "/v1/queue")
         time.sleep(1)
     return left
 

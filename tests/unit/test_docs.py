@@ -11,9 +11,8 @@ import pytest
 import reference
 from zlora import config
 from zlora.cli import main as zlora
-from zlora.server import settings as http_settings
-from zlora.server import tenants
-from zlora_worker.settings import reference as setting_rows
+from zlora.server import settings as server_settings
+from zlora_worker import settings as worker_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -125,10 +124,10 @@ def test_commands_and_options_in_a_page_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_variables_and_make_targets_in_a_page_exist(page: Path) -> None:
     text = page.read_text()
-    variables = {name for row in setting_rows() for name in row.names} | {"ZLORA_SECRETS"}
+    rows = (*worker_settings.reference(), *server_settings.reference())
+    variables = {name for row in rows for name in row.names} | {"ZLORA_SECRETS"}
     variables |= set(re.findall(r"\$\{(ZLORA_\w+):-", (ROOT / "docker-compose.yml").read_text()))
-    constants = (*vars(config).values(), *vars(http_settings).values(), tenants.VARIABLE)
-    variables |= {name for name in constants if str(name).startswith("ZLORA_")}
+    variables |= {name for name in vars(config).values() if str(name).startswith("ZLORA_")}
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     benchmarks = [path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")]
     targets += [f"bench-{name}" for name in benchmarks]

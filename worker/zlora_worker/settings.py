@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from zlora import config
@@ -582,28 +582,20 @@ class Settings:
         return f"Settings({', '.join(shown)})"
 
 
-class SettingRow(NamedTuple):
-    """Row of the reference page: variables of one setting, the first that is set wins."""
-
-    names: tuple[str, ...]
-    default: str  # as the variable's text; empty if there is none
-    note: str
-
-
-def reference() -> Iterator[SettingRow]:
+def reference() -> Iterator[config.SettingRow]:
     """Rows of the reference page, in the order of the fields."""
-    yield SettingRow(
+    yield config.SettingRow(
         (config.BROKER_URL,),
         config.DEFAULT_BROKER,
         "URL of the Redis broker, for clients and workers; for TLS and Sentinels see "
         "docs/operations.md. If it is not set, a running `zlora up` is used before the default.",
     )
-    yield SettingRow(
+    yield config.SettingRow(
         (config.RESULT_BACKEND,),
         "",
         "URL of the Redis result backend, for clients and workers. Default: the broker.",
     )
-    yield SettingRow(
+    yield config.SettingRow(
         (config.HOME,),
         "",
         "Data folder, for clients and workers. Default: `zlora` in the user's data folder (XDG), "
@@ -612,7 +604,7 @@ def reference() -> Iterator[SettingRow]:
     for item in fields(Settings):
         if item.metadata:
             names, default = item.metadata["names"], item.metadata["default"]
-            yield SettingRow(names, default, item.metadata["note"])
+            yield config.SettingRow(names, default, item.metadata["note"])
 
 
 def _read(metadata: Mapping[str, Any], environ: Mapping[str, str]) -> Any:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import ssl
+import stat
 import sys
 import time
 import uuid
@@ -46,6 +47,8 @@ from zlora.cli.printing import json_option, print_json, terminal
 from zlora.errors import BrokerUnavailable, InvalidSetting, ModelUnavailable, ZloraError
 from zlora.redaction import on_one_line, without_secrets
 from zlora.schema import QUEUE
+from zlora.server import tenants
+from zlora.server.settings import key_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,6 +144,7 @@ def checks(environ: Mapping[str, str]) -> Iterator[Check]:
         return
     for check in CHECKS:
         yield from check(found)
+    yield from _api_keys(environ)
 
 
 # --- the broker and the result backend
@@ -505,6 +509,27 @@ def _workers(found: Environment) -> Check:
     return ok("workers", told)
 
 
+# --- the HTTP server
+
+
+def _api_keys(environ: Mapping[str, str]) -> Iterator[Check]:
+    """Check the file of API keys, if there is one."""
+    try:
+        if (file := key_file(environ)) is None:
+            return
+        content = tenants.read(file)
+    except InvalidSetting as error:
+        advice = f"Set {tenants.VARIABLE} to the file that `zlora keys add TENANT` writes."
+        yield failed("api keys", error, advice)
+        return
+    if file.stat().st_mode & (stat.S_IWGRP | stat.S_IRWXO):
+        told = f"other users may read or change {file}"
+        yield doubtful("api keys", told, f"Run `chmod g-w,o-rwx {file}`.")
+    else:
+        told = f"{file} has {len(content.keys)} keys of {len(content.tenants)} tenants"
+        yield ok("api keys", told)
+
+
 # The producer's checks, in order. Each is a function of `Environment` that yields what it found.
 CHECKS: Final[tuple[Callable[[Environment], Iterator[Check]], ...]] = (
     _broker,
@@ -527,7 +552,8 @@ CHECKS: Final[tuple[Callable[[Environment], Iterator[Check]], ...]] = (
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Check all that a job needs, and print what to do.
 
-    Checks the broker, the queue and its workers and, if the worker's packages are installed, a
+    Checks the broker, the queue and its workers, the file of API keys if ZLORA_API_KEYS names one,
+    and, if the worker's packages are installed, a
     worker's settings, store, device, model, LoRA cache and catalogue. Prints a line for each check,
     and advice if something is wrong. The exit status is 0, or that of the first check that has
     failed.

@@ -100,7 +100,6 @@ async def edit(call: Call) -> Response:
     """
     if not call.request.headers.get("Content-Type", "").startswith("multipart/form-data"):
         raise invalid("Content-Type", "another media type", "Expected multipart/form-data")
-    await call.request.body()  # all of it, so that only the end of the connection is to come
     try:
         form = await call.form(max_files=3, max_fields=_MAX_FIELDS)
     except HTTPException as error:  # not a form, or too many parts

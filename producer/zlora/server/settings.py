@@ -1,7 +1,7 @@
 """Settings of `zlora serve`, from the environment."""
 
 import ipaddress
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final, Self
@@ -54,6 +54,30 @@ class ServerSettings(Struct, frozen=True, kw_only=True):
             image_hosts=config.image_hosts(environ),
             preflight=partial(Preflight.from_env, environ),
         )
+
+
+def reference() -> Iterator[config.SettingRow]:
+    """Rows of the reference page: what only the server and `zlora keys` read."""
+    yield config.SettingRow(
+        (tenants.VARIABLE,),
+        "",
+        "Path of the file of API keys, which `zlora keys` writes, and which is read again when it "
+        "changes; there is no `ZLORA_API_KEYS_FILE`. Default: none, and the server is for programs "
+        "of this machine only.",
+    )
+    yield config.SettingRow(
+        (CORS,),
+        "",
+        "Origins of web pages of other sites that may use the server (CORS), such as "
+        "`https://example.org`, separated by commas; `*` for all. Default: none.",
+    )
+
+    yield config.SettingRow(
+        (BASE_URL,),
+        "",
+        "URL of the server for its clients, such as `https://draw.example.org`, if a proxy before "
+        "it has another one than requests name. Default: that of the request.",
+    )
 
 
 def is_local_name(authority: str) -> bool:

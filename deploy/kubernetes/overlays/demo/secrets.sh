@@ -28,7 +28,9 @@ printf 'admin:%s\n' "$(fresh)" >auth
 kubectl get namespace zlora >namespace 2>&1 || kubectl create namespace zlora
 make() { kubectl --namespace zlora create secret generic "$@"; }
 make zlora-broker --from-file=broker_url_worker --from-file=broker_url_flower --from-file=broker_url_metrics \
-  --from-file=broker_url_producer --from-file=broker_url_operator --from-file=address --from-file=username \
+  --from-file=broker_url_producer --from-file=broker_url_server --from-file=broker_url_operator --from-file=address --from-file=username \
   --from-file=password --from-file=broker_config
 make zlora-store --from-file=credentials --from-file=s3.json --from-file=grpc.crt --from-file=grpc.key
 make zlora-flower --from-file=auth
+ZLORA_API_KEYS=keys.json zlora keys add demo # prints the key of the HTTP server
+make zlora-api-keys --from-file=keys.json

@@ -25,6 +25,7 @@ from celery.contrib.testing.worker import start_worker
 from click.testing import CliRunner, Result
 from ssrfguard import SSRFGuardError
 from support.fakes import load_pipeline
+from support.http_server import write_keys
 from support.processes import free_port, wait_until
 from support.tiny_folder import tiny_model, tiny_sd15, tiny_zimage
 from support.tiny_zimage import write_original
@@ -37,6 +38,7 @@ from zlora.broker.webhook_outbox import DeadLetter
 from zlora.cli import main
 from zlora.http.client import refusal
 from zlora.queue_info import QueueInfo
+from zlora.server.tenants import Tenant
 
 
 @pytest.fixture
@@ -82,6 +84,32 @@ def environ(tmp_path: Path) -> dict[str, str]:
         "ZLORA_STORE": (tmp_path / "store").as_uri(),
         "ZLORA_LORA_CACHE": str(tmp_path / "new" / "loras"),
     }
+
+
+# --- the API keys
+
+
+@pytest.mark.usefixtures("nothing_of_the_broker")
+def test_the_file_of_api_keys_is_read_and_must_be_its_owners(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    environ = {"ZLORA_API_KEYS": str(file)}
+    assert "api keys" not in producer({})
+    missing = producer(environ)["api keys"]
+    write_keys(file, shop=Tenant(), other=Tenant())
+    private = producer(environ)["api keys"]
+    file.chmod(0o664)
+    public = producer(environ)["api keys"]
+
+    assert (missing.status, missing.code) == ("fail", "invalid_setting")
+    assert "zlora keys add" in missing.advice
+    assert (private.status, private.told) == ("ok", f"{file} has 2 keys of 2 tenants")
+    assert (public.status, public.advice) == ("warn", f"Run `chmod g-w,o-rwx {file}`.")
+
+
+@pytest.fixture
+def nothing_of_the_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the checks that need a broker."""
+    monkeypatch.setattr(zlora.cli.doctor, "CHECKS", ())
 
 
 # --- the broker
