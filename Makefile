@@ -27,7 +27,7 @@ help:
 	@echo 'make types         generate the TypeScript types of the HTTP API'
 	@echo 'make check         ruff, mypy --strict, import-linter'
 	@echo 'make test          check, then all tests; each test starts the services that it needs'
-	@echo 'make check-deploy  check deploy/ and docker-compose.yml; installs programs by apt-get'
+	@echo 'make check-deploy  check deploy/, docker-compose.yml and the page; installs programs by apt-get'
 	@echo 'make compat        old clients with new workers and the reverse; OLD=<checkout with .venv>'
 	@echo 'make model         every state of the protocol by which a job has one end'
 	@echo 'make failover      fail-overs and other outages of Redis, five times each; prints the longest pause of each'
@@ -101,7 +101,7 @@ check-deploy: $(VENV)/dev.stamp
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/manifests.py
 	PYTHONPATH=tests $(RUN)/python -P tests/deploy/watching.py
 	TLS_SERVER=$$(command -v valkey-server) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 \
-	    tests/deploy tests/integration/test_broker_tls.py
+	    tests/deploy tests/browser tests/integration/test_broker_tls.py
 
 # Another version as client of this version's worker and as worker of its client; prints a line for each check. OLD is a
 # checkout of the other version with a .venv of its own, for example: git worktree add ../old <commit>; make -C ../old setup

@@ -344,11 +344,14 @@ def test_a_picture_is_drawn_from_a_file_and_from_the_picture_before(
     page.get_by_label("Or a file").set_input_files(file)
     expect(page.get_by_alt_text("start.png")).to_be_visible()
     page.get_by_label("Strength", exact=True).fill("0.5")
+    page.get_by_label("Size", exact=True).select_option("80 56")
+    expect(page.get_by_label("Width")).to_have_value("80")
     page.get_by_label("Steps").fill("8")
     press_draw(page)
     page.get_by_role("button", name="Start from it").click()
     first = job(page, url)["result"]
     assert first["image_receipt"]["width"] == 64
+    assert (first["images"][0]["width"], first["images"][0]["height"]) == (80, 56)
 
     press_draw(page)
     expect(page.get_by_role("button", name="Start from it")).to_be_visible()

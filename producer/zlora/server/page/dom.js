@@ -19,7 +19,8 @@ export const byId = (id) => document.getElementById(id);
 export const short = (number, decimals = 2) => String(Number(number.toFixed(decimals)));
 
 /** Return a text with at most `length` characters. */
-export const cut = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
+export const cut = (text, length) =>
+  text.length > length ? `${text.slice(0, length - 1)}…` : text;
 
 /** Return bytes in the unit that people use. */
 export const size = (bytes) =>

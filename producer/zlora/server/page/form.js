@@ -14,7 +14,17 @@ const NUMBERS = {
   strength: "strength",
 };
 const TEXTS = { model: "model", scheduler: "scheduler", output_format: "format" };
-const SHAPES = [[1, 1], [4, 5], [3, 4], [2, 3], [9, 16], [5, 4], [4, 3], [3, 2], [16, 9]];
+const SHAPES = [
+  [1, 1],
+  [4, 5],
+  [3, 4],
+  [2, 3],
+  [9, 16],
+  [5, 4],
+  [4, 3],
+  [3, 2],
+  [16, 9],
+];
 const DRAFT = "zlora-draft"; // in sessionStorage: a reload keeps the form
 
 let filledImage; // with its checksum, as long as its address is in the field
@@ -24,7 +34,10 @@ let limits = { side_step: 8, prompts: "windows" };
 export function offerServed(info) {
   limits = info.limits;
   offerNames(info.catalogue);
-  offer("model", info.models.map((name) => [name, name]));
+  offer(
+    "model",
+    info.models.map((name) => [name, name]),
+  );
   byId("model-field").hidden = info.models.length < 2;
   const own = info.scheduler.replace(/(Discrete)?Scheduler$/, "");
   offer("scheduler", [["", `Own: ${own}`], ...info.schedulers.map((name) => [name, name])]);
@@ -46,11 +59,10 @@ export function offerServed(info) {
 /** Set up what the fields do by themselves; `onChange` is called after each change. */
 export function setUpForm(onChange) {
   byId("form").addEventListener("input", onChange);
-  byId("shape").addEventListener("change", () => {
+  byId("shape").addEventListener("input", () => {
     const shape = byId("shape").value;
-    if (shape === "other") return byId("width").focus();
-    [byId("width").value, byId("height").value] = shape === "" ? ["", ""] : shape.split(" ");
-    onChange();
+    if (shape === "other") byId("width").focus();
+    else [byId("width").value, byId("height").value] = shape === "" ? ["", ""] : shape.split(" ");
   });
   byId("swap").addEventListener("click", () => {
     const [width, height] = [byId("width"), byId("height")];
@@ -98,7 +110,8 @@ export function readForm() {
   if (byId("previews").checked && limits.prompts !== "chat") request.previews = true;
   const address = byId("image").value.trim();
   if (address === addressOf(filledImage)) request.image = filledImage;
-  else if (address) request.image = /^(job|upload):/.test(address) ? { ref: address } : { url: address };
+  else if (address)
+    request.image = /^(job|upload):/.test(address) ? { ref: address } : { url: address };
   request.sweep = readSweep();
   if (request.sweep || request.num_images === 1) delete request.num_images;
   return request;
@@ -107,7 +120,8 @@ export function readForm() {
 /** Fill the form with a request; what it has no field for goes to the other fields as JSON. */
 export function fillForm(request) {
   clearErrors();
-  const { prompt, negative_prompt, loras, prompt_syntax, previews, sweep, image, ...rest } = request;
+  const { prompt, negative_prompt, loras, prompt_syntax, previews, sweep, image, ...rest } =
+    request;
   byId("prompt").value = prompt ?? "";
   byId("negative").value = negative_prompt ?? "";
   byId("syntax").checked = prompt_syntax === "a1111";
@@ -156,7 +170,11 @@ export function showError(error) {
   clearErrors();
   const input = error.input ?? inputAt(error.path) ?? inputNamedIn(error.message);
   if (input === undefined) return false;
-  for (let group = input.closest("details"); group; group = group.parentElement.closest("details")) {
+  for (
+    let group = input.closest("details");
+    group;
+    group = group.parentElement.closest("details")
+  ) {
     group.open = true;
   }
   const note = h("p", { class: "error", id: "field-error" }, messageOf(error));

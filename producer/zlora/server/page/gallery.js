@@ -17,7 +17,9 @@ export function setUpGallery(onError) {
   const more = byId("more-jobs");
   const next = () => loadPage().catch(onError);
   more.addEventListener("click", next);
-  new IntersectionObserver(([entry]) => entry.isIntersecting && next(), { rootMargin: "200px" }).observe(more);
+  new IntersectionObserver(([entry]) => entry.isIntersecting && next(), {
+    rootMargin: "200px",
+  }).observe(more);
 }
 
 /** Show the gallery from its newest job. */
@@ -49,14 +51,21 @@ export function showStrip(selected) {
     return link;
   });
   // Elements that stay where they are keep the focus.
-  if (links.some((link, index) => strip.children[index] !== link) || links.length !== strip.children.length) {
+  if (
+    links.some((link, index) => strip.children[index] !== link) ||
+    links.length !== strip.children.length
+  ) {
     strip.replaceChildren(...links);
   }
 }
 
 function stripLink(job, state) {
   const name = job.result ? cut(job.result.request.prompt, 80) || "No prompt" : stateOf(job);
-  const link = h("a", { href: `#/jobs/${job.id}`, title: name, "data-job": job.id, "data-state": state }, h("span", {}, stateOf(job)));
+  const link = h(
+    "a",
+    { href: `#/jobs/${job.id}`, title: name, "data-job": job.id, "data-state": state },
+    h("span", {}, stateOf(job)),
+  );
   if (job.result) link.replaceChildren(thumbnail(job, name));
   else if (hasEnded(job) && !job.error) {
     whenSeen(link, async () => {
@@ -73,7 +82,8 @@ async function loadPage() {
     const page = await jobs.list(cursor, PAGE);
     cursor = page.cursor;
     byId("cards").append(...page.jobs.map(card));
-    if (!byId("cards").children.length) byId("cards").append(h("li", { class: "empty" }, "No jobs yet."));
+    if (!byId("cards").children.length)
+      byId("cards").append(h("li", { class: "empty" }, "No jobs yet."));
     byId("more-jobs").hidden = cursor === null;
   } finally {
     isLoading = false;
@@ -81,7 +91,11 @@ async function loadPage() {
 }
 
 function card(listed) {
-  const item = h("li", { class: "card", "data-job": listed.id }, h("span", { class: "missing" }, stateOf(listed)));
+  const item = h(
+    "li",
+    { class: "card", "data-job": listed.id },
+    h("span", { class: "missing" }, stateOf(listed)),
+  );
   whenSeen(item, async () => {
     await jobs.load(listed.id);
     updateCard(listed.id); // of a job that was known already
@@ -91,9 +105,15 @@ function card(listed) {
 
 function fillCard(item, job) {
   const when = new Date(job.submitted * 1000);
-  const time = h("time", { datetime: when.toISOString() }, when.toLocaleString([], { dateStyle: "medium", timeStyle: "short" }));
+  const time = h(
+    "time",
+    { datetime: when.toISOString() },
+    when.toLocaleString([], { dateStyle: "medium", timeStyle: "short" }),
+  );
   const labels = Object.entries(job.labels ?? {}).filter(([name]) => name !== "compared_with");
-  const shown = labels.map(([name, value]) => h("span", { class: "chip" }, `${name}: ${cut(value, 40)}`));
+  const shown = labels.map(([name, value]) =>
+    h("span", { class: "chip" }, `${name}: ${cut(value, 40)}`),
+  );
   if (!job.result) {
     const state = hasEnded(job) ? stateOf(job) : progressOf(job.status);
     item.replaceChildren(
@@ -106,9 +126,15 @@ function fillCard(item, job) {
   }
   const { request, images, cells, seed } = job.result;
   const name = cut(request.prompt, 300) || "No prompt";
-  const loras = (request.loras ?? []).map((spec) => `${loraName(spec)} ${spec.weight ?? ""}`.trim());
+  const loras = (request.loras ?? []).map((spec) =>
+    `${loraName(spec)} ${spec.weight ?? ""}`.trim(),
+  );
   const facts = [
-    cells.length ? `sweep of ${cells.length}` : images.length > 1 ? `${images.length} images` : null,
+    cells.length
+      ? `sweep of ${cells.length}`
+      : images.length > 1
+        ? `${images.length} images`
+        : null,
     `${images[0].width} × ${images[0].height}`,
     `${request.num_inference_steps ?? "?"} steps`,
     `seed ${seed}`,
@@ -116,7 +142,13 @@ function fillCard(item, job) {
   item.replaceChildren(
     h("a", { href: `#/jobs/${job.id}/fill` }, thumbnail(job, name)),
     h("p", { class: "prompt" }, name),
-    loras.length ? h("p", { class: "chips" }, loras.map((text) => h("span", { class: "chip" }, cut(text, 40)))) : "",
+    loras.length
+      ? h(
+          "p",
+          { class: "chips" },
+          loras.map((text) => h("span", { class: "chip" }, cut(text, 40))),
+        )
+      : "",
     h("p", { class: "details" }, facts.filter(Boolean).join(" · ")),
     h("p", { class: "details" }, time),
     shown.length ? h("p", { class: "chips" }, shown) : "",
@@ -134,7 +166,9 @@ function whenSeen(element, call) {
     ([entry]) => {
       if (!entry.isIntersecting) return;
       observer.disconnect();
-      call().catch((error) => element.replaceChildren(h("span", { class: "missing" }, error.message)));
+      call().catch((error) =>
+        element.replaceChildren(h("span", { class: "missing" }, error.message)),
+      );
     },
     { rootMargin: "300px" },
   );

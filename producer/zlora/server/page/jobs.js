@@ -4,9 +4,12 @@ import { Problem, follow, get, send } from "./api.js";
 
 const ENDED = new Set(["SUCCESS", "FAILURE", "REVOKED"]);
 const LOOK = 2000; // milliseconds between two looks at jobs that are not shown
-const RECENT = 12; // jobs that are listed at the start
+const RECENT = 24; // jobs that are listed at the start, and looked at
 
 export const hasEnded = (job) => ENDED.has(job.status.state);
+
+/** Return whether a job changes no more; the record of an unknown one has expired. */
+export const isOver = (job) => hasEnded(job) || job.status.state === "UNKNOWN";
 
 /** The recipe of a result: the request that draws the same images. */
 export function recipeOf(result) {
@@ -77,25 +80,28 @@ class Jobs extends EventTarget {
 
   async cancel(id) {
     await send(`/v1/jobs/${id}/cancel`, { method: "POST" });
-    await this.#refresh(id);
+    this.#set(await get(`/v1/jobs/${id}`));
   }
 
   /** Look at the unfinished jobs that are not followed: browsers open few streams per server. */
   async watch() {
     for (;;) {
       await new Promise((resolve) => setTimeout(resolve, LOOK));
-      if (document.hidden) continue;
-      for (const job of this.#known.values()) {
-        if (hasEnded(job) || job.status.state === "UNKNOWN" || this.#shown?.id === job.id) continue;
-        await this.#refresh(job.id).catch((error) => {
-          if (!(error instanceof Problem)) throw error;
-        });
+      const open = [...this.#known.values()].filter(
+        (job) => !isOver(job) && job.id !== this.#shown?.id,
+      );
+      if (document.hidden || open.length === 0) continue;
+      try {
+        const ids = new Set(open.map((job) => job.id));
+        const page = await get(`/v1/jobs?limit=${RECENT}`);
+        for (const job of page.jobs.filter(({ id }) => ids.has(id))) {
+          if (hasEnded(job)) await this.load(job.id);
+          else this.#set(job);
+        }
+      } catch (error) {
+        if (!(error instanceof Problem)) throw error;
       }
     }
-  }
-
-  async #refresh(id) {
-    this.#set(await get(`/v1/jobs/${id}`));
   }
 
   #set(job) {

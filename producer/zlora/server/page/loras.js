@@ -83,7 +83,11 @@ function makeRow(spec) {
     title: isNamed ? "Empty for the usual weight by the catalogue" : "Empty for 1",
     "aria-label": `Weight of ${name}`,
   });
-  const slider = h("input", { type: "range", "aria-label": `Weight of ${name}, slider`, ...SLIDER });
+  const slider = h("input", {
+    type: "range",
+    "aria-label": `Weight of ${name}, slider`,
+    ...SLIDER,
+  });
   const follow = () => {
     const value = weightInput.valueAsNumber;
     slider.classList.toggle("unset", Number.isNaN(value));
@@ -98,7 +102,11 @@ function makeRow(spec) {
     changed();
   });
   follow();
-  const remove = h("button", { type: "button", class: "icon", "aria-label": `Remove ${name}` }, "✕");
+  const remove = h(
+    "button",
+    { type: "button", class: "icon", "aria-label": `Remove ${name}` },
+    "✕",
+  );
   const { file, adapter_name: _label, ...beyond } = rest;
   const address = file.url ?? file.ref ?? file.cozy_ref;
   const row = {

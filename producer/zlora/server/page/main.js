@@ -1,12 +1,13 @@
 // The page: which view and which job it shows, and what keys and buttons do.
 
+import { actions } from "./actions.js";
 import { Problem, forgetKey, get, hasKey, onUnauthorized } from "./api.js";
 import { announce, byId } from "./dom.js";
 import * as form from "./form.js";
 import { openGallery, setUpGallery, showStrip, updateCard } from "./gallery.js";
-import { hasEnded, jobs, recipeOf } from "./jobs.js";
+import { isOver, jobs, recipeOf } from "./jobs.js";
 import { setUpLoras } from "./loras.js";
-import { actions, imageElement, showJob, showNothing, stateOf } from "./result.js";
+import { imageElement, showJob, showNothing, stateOf } from "./result.js";
 import { WrongValue, countWords, offerFields, setUpSweep } from "./sweep.js";
 
 const LOOK = 2000; // milliseconds between two questions for a worker
@@ -87,7 +88,10 @@ Object.assign(actions, {
 
 const upload = reporting(async (file) => {
   const asset = await get("/v1/uploads", { method: "POST", body: file });
-  const shown = Object.assign(document.createElement("img"), { alt: file.name, src: URL.createObjectURL(file) });
+  const shown = Object.assign(document.createElement("img"), {
+    alt: file.name,
+    src: URL.createObjectURL(file),
+  });
   shown.addEventListener("load", () => URL.revokeObjectURL(shown.src), { once: true });
   form.startFrom(asset, shown);
   onFormChange();
@@ -130,8 +134,7 @@ const route = reporting(async () => {
   if (compared) await jobs.load(compared).catch(() => {}); // it may have expired
   showJob(job);
   showStrip(selected);
-  const isOver = hasEnded(job) || job.status.state === "UNKNOWN";
-  return isOver ? jobs.unfollow() : jobs.follow(id);
+  return isOver(job) ? jobs.unfollow() : jobs.follow(id);
 });
 
 jobs.addEventListener("change", ({ detail: id }) => {
@@ -144,7 +147,8 @@ jobs.addEventListener("change", ({ detail: id }) => {
   const state = stateOf(job);
   if (state !== spoken) announce(`The job is ${state}.`);
   spoken = state;
-  if (id === fromForm && state === "failed" && form.showError(new Problem(job.error))) fromForm = null;
+  if (id === fromForm && state === "failed" && form.showError(new Problem(job.error)))
+    fromForm = null;
 });
 
 /** Ask for an API key in a dialog; resolve to null if the user cancels. */

@@ -1,20 +1,18 @@
-// The stage: a job's progress, its images, what can be done with them, and the receipt.
+// The stage: the progress of a job, its images, and what can be done with them.
 
+import { actions } from "./actions.js";
 import { saveImage, showImage } from "./api.js";
-import { byId, cut, h, seconds, short, size } from "./dom.js";
+import { byId, cut, h, seconds, size } from "./dom.js";
 import { messageOf } from "./form.js";
 import { hasEnded, jobs, recipeOf } from "./jobs.js";
 import { loraName } from "./loras.js";
+import { showReceipt } from "./receipt.js";
 import { sweepGrid } from "./sweep.js";
-
-const DIGITS = 12; // of a checksum; its title has all
-
-/** What the stage's buttons do; `main.js` sets them. */
-export const actions = {};
 
 /** Return one word for the state of a job. */
 export function stateOf(job) {
-  if (job.error) return { job_revoked: "cancelled", expired: "expired" }[job.error.code] ?? "failed";
+  if (job.error)
+    return { job_revoked: "cancelled", expired: "expired" }[job.error.code] ?? "failed";
   const words = { SUCCESS: "done", FAILURE: "failed", REVOKED: "cancelled", UNKNOWN: "expired" };
   return words[job.status.state] ?? (job.status.phase === "queued" ? "queued" : "running");
 }
@@ -34,7 +32,8 @@ export function progressOf({ state, phase, position, step, steps, eta, received,
     return `Step ${step ?? 0} of ${steps ?? "…"}${rest}`;
   }
   if (phase === "uploading") return "Storing the image";
-  if (phase === "waiting" || state === "RETRY") return `Waiting to try again${code ? ` (${code})` : ""}`;
+  if (phase === "waiting" || state === "RETRY")
+    return `Waiting to try again${code ? ` (${code})` : ""}`;
   return "Loading";
 }
 
@@ -52,7 +51,7 @@ export function showJob(job) {
   const main = hasEnded(job) ? endOf(job) : progressView(job);
   if (compared?.result) {
     const before = figure(compared, 0, captionOf(compared));
-    const caption = job.labels.without ? `Without ${job.labels.without}` : "The other one";
+    const caption = job.labels.without ? `Without ${job.labels.without}` : "Drawn again";
     const after = job.result ? [figure(job, 0, caption), sameness(job, compared)] : main;
     stage.replaceChildren(
       h("div", { class: "pair" }, h("div", {}, before), h("div", {}, after)),
@@ -69,8 +68,19 @@ export function showNothing() {
   const stage = byId("stage");
   delete stage.dataset.job;
   stage.replaceChildren(
-    h("div", { class: "empty" }, h("p", {}, "Describe an image, and press Draw."),
-      h("p", {}, h("kbd", {}, "Ctrl"), " ", h("kbd", {}, "Enter"), " draws from anywhere in the form.")),
+    h(
+      "div",
+      { class: "empty" },
+      h("p", {}, "Describe an image, and press Draw."),
+      h(
+        "p",
+        {},
+        h("kbd", {}, "Ctrl"),
+        " ",
+        h("kbd", {}, "Enter"),
+        " draws from anywhere in the form.",
+      ),
+    ),
   );
   byId("receipt").hidden = true;
 }
@@ -80,13 +90,17 @@ export function enlarge(job, index) {
   const viewer = byId("viewer");
   byId("viewer-image").replaceChildren(imageElement(job, index));
   byId("viewer-caption").textContent = `Seed ${job.result.images[index].seed}`;
-  byId("viewer-save").onclick = () => actions.save(() => saveImage(job.id, index, fileName(job, index)));
+  byId("viewer-save").onclick = () =>
+    actions.save(() => saveImage(job.id, index, fileName(job, index)));
   byId("viewer-start").onclick = () => {
     viewer.close();
     actions.startFrom(job, index);
   };
   const count = job.result.images.length;
-  for (const [id, key, step] of [["viewer-previous", "ArrowLeft", count - 1], ["viewer-next", "ArrowRight", 1]]) {
+  for (const [id, key, step] of [
+    ["viewer-previous", "ArrowLeft", count - 1],
+    ["viewer-next", "ArrowRight", 1],
+  ]) {
     byId(id).hidden = count === 1;
     byId(id).onclick = () => enlarge(job, (index + step) % count);
     byId(id).setAttribute("aria-keyshortcuts", key);
@@ -126,7 +140,9 @@ function endOf(job) {
       h("h2", {}, isCancelled ? "Cancelled" : "This job has failed"),
       isCancelled ? null : h("p", {}, messageOf(job.error)),
       isCancelled ? null : h("p", { class: "code" }, job.error.code),
-      job.request ? h("button", { type: "button", onclick: () => actions.draw(job.request) }, "Draw again") : null,
+      job.request
+        ? h("button", { type: "button", onclick: () => actions.draw(job.request) }, "Draw again")
+        : null,
     );
   }
   return h("div", { class: "empty" }, h("p", {}, "The record of this job has expired."));
@@ -136,13 +152,26 @@ function imagesOf(job) {
   const { images, cells } = job.result;
   if (cells.length) {
     const image = (index, label) => figure(job, index, "", label);
-    return h("div", { class: "frame sweep-frame", tabindex: "0", role: "region", "aria-label": "Images of the sweep" }, sweepGrid(cells, image));
+    return h(
+      "div",
+      {
+        class: "frame sweep-frame",
+        tabindex: "0",
+        role: "region",
+        "aria-label": "Images of the sweep",
+      },
+      sweepGrid(cells, image),
+    );
   }
   if (images.length === 1) return figure(job, 0, "");
-  return h("div", { class: "several" }, images.map((image, index) => figure(job, index, `Seed ${image.seed}`)));
+  return h(
+    "div",
+    { class: "several" },
+    images.map((image, index) => figure(job, index, `Seed ${image.seed}`)),
+  );
 }
 
-/** Return the element of an image, whose text for those who cannot see it is by default its prompt. */
+/** Return the element of an image; those who cannot see it are told `alt`, else the prompt. */
 export function imageElement(job, index, alt) {
   const { width, height } = job.result.images[index];
   const text = alt ?? (cut(job.result.request.prompt, 200) || `Image ${index}`);
@@ -152,9 +181,22 @@ export function imageElement(job, index, alt) {
 
 function figure(job, index, caption, label) {
   const image = imageElement(job, index, label);
-  const open = h("button", { type: "button", class: "picture", onclick: () => enlarge(job, index) }, image);
+  const open = h(
+    "button",
+    { type: "button", class: "picture", onclick: () => enlarge(job, index) },
+    image,
+  );
   const uses = job.result.cells.length
-    ? h("button", { type: "button", class: "use", onclick: () => actions.fill(cellRecipe(job, index)), "aria-label": `Use the values of ${label}` }, "Use")
+    ? h(
+        "button",
+        {
+          type: "button",
+          class: "use",
+          onclick: () => actions.fill(cellRecipe(job, index)),
+          "aria-label": `Use the values of ${label}`,
+        },
+        "Use",
+      )
     : null;
   return h("figure", {}, open, caption ? h("figcaption", {}, caption) : null, uses);
 }
@@ -172,105 +214,30 @@ function toolbar(job) {
     "div",
     { class: "toolbar", role: "group", "aria-label": "What to do with this result" },
     button("Again", () => actions.draw(recipe, compared), "The same recipe and seed once more"),
-    recipe.sweep?.seed ? null : button("Vary seed", () => actions.draw(withoutSeed), "The same recipe with another seed"),
-    button("Use this recipe", () => actions.fill(recipe), "Fill the form with what drew this image"),
+    recipe.sweep?.seed
+      ? null
+      : button("Vary seed", () => actions.draw(withoutSeed), "The same recipe with another seed"),
+    button(
+      "Use this recipe",
+      () => actions.fill(recipe),
+      "Fill the form with what drew this image",
+    ),
     isOne ? button("Start from it", () => actions.startFrom(job, 0), "Draw from this image") : null,
     isOne ? button("Save", () => actions.save(() => saveImage(job.id, 0, fileName(job, 0)))) : null,
     result.sheet ? button("Save sheet", () => actions.save(saveSheet)) : null,
   );
 }
 
-function showReceipt(job) {
-  const receipt = byId("receipt");
-  receipt.hidden = !job.result;
-  if (!job.result) return;
-  const { result } = job;
-  const { request } = result;
-  const facts = [
-    ["Prompt", request.prompt],
-    ["Negative", request.negative_prompt],
-    ["Seed", result.images.length > 1 && !result.cells.length ? `${result.seed} and up` : result.seed],
-    ["Size", `${result.images[0].width} × ${result.images[0].height}`],
-    ["Steps", result.recipe_fields.num_inference_steps ?? request.num_inference_steps],
-    ["Guidance", result.recipe_fields.guidance_scale ?? request.guidance_scale],
-    ["Scheduler", result.scheduler?.replace(/(Discrete)?Scheduler/, "")],
-    ["Model", result.model],
-    ["Base", result.base_sha256 && h("code", { title: result.base_sha256 }, result.base_sha256.slice(0, DIGITS))],
-    ["After the job", result.base_intact ? "base unchanged" : "not compared"],
-    ["Device", result.device],
-  ].filter(([, value]) => value !== undefined && value !== null && value !== "");
-  receipt.replaceChildren(
-    h("h2", {}, "Receipt"),
-    ...warningsOf(result).map((text) => h("p", { class: "warning" }, text)),
-    result.loras.length ? h("h3", {}, "What each LoRA changed") : "",
-    h("ul", { class: "changes" }, result.loras.map((lora, index) => changeOf(job, lora, index))),
-    h("h3", {}, "Recipe"),
-    h("dl", {}, facts.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
-    ...labelsOf(job),
-    h("h3", {}, "Time"),
-    h("dl", {}, Object.entries(result.timings).filter(([, time]) => time >= 0.001)
-      .map(([phase, time]) => [h("dt", {}, phase), h("dd", {}, time < 0.1 ? `${Math.round(time * 1000)} ms` : seconds(time))])),
-  );
-}
-
-function labelsOf(job) {
-  const labels = Object.entries(job.labels ?? {});
-  if (labels.length === 0) return [];
-  const valueOf = (name, value) =>
-    name === "compared_with" ? h("a", { href: `#/jobs/${encodeURIComponent(value)}` }, "the job beside it") : value;
-  const rows = labels.map(([name, value]) => [h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, valueOf(name, value))]);
-  return [h("h3", {}, "Labels"), h("dl", {}, rows)];
-}
-
-function changeOf(job, lora, index) {
-  const name = lora.catalogue ?? lora.adapter_name ?? loraName({ file: { url: lora.source } });
-  const layers = Object.values(lora.modules).reduce((sum, count) => sum + count, 0);
-  const weight = lora.unet_weights.length
-    ? lora.unet_weights.map(([step, value]) => `${short(value)} from step ${step}`).join(", ")
-    : short(lora.unet_weight);
-  const norm = lora.relative_norm;
-  const details = [
-    `weight ${weight}`,
-    `${layers} layers`,
-    lora.ranks.length ? `rank ${lora.ranks.join(", ")}` : null,
-    `from ${lora.tier}`,
-    lora.recipe ? `recipe ${lora.recipe}` : null,
-  ];
-  const canRemove = !job.result.cells.length && index < (job.result.request.loras ?? []).length;
-  return h(
-    "li",
-    {},
-    h("strong", { title: lora.source }, cut(name, 60)),
-    norm === null ? null : h("span", { class: "norm" },
-      h("meter", { min: 0, max: 1, value: Math.min(1, norm), "aria-label": `Relative norm of the change by ${name}` }),
-      h("span", { title: "Norm of the change, divided by the norm of the weights that it changes" }, `${short(norm * 100, 1)} %`)),
-    h("span", { class: "details" }, details.filter(Boolean).join(" · ")),
-    lora.trigger_words.length ? h("span", { class: "details" }, `Trigger words: ${lora.trigger_words.join(", ")}`) : null,
-    canRemove ? h("button", { type: "button", onclick: () => withoutLora(job, index, name), "aria-label": `Draw without ${name}` }, "Draw without it") : null,
-  );
-}
-
-function withoutLora(job, index, name) {
-  const recipe = recipeOf(job.result);
-  const loras = recipe.loras.filter((_, other) => other !== index);
-  actions.draw({ ...recipe, loras }, [`compared_with=${job.id}`, `without=${cut(name, 200)}`]);
-}
-
-function warningsOf(result) {
-  const texts = [
-    ...result.loras.flatMap((lora) => lora.warnings.map((text) => `${lora.catalogue ?? lora.source}: ${text}`)),
-    ...(result.prompt_receipt?.warnings ?? []),
-    ...(result.negative_prompt_receipt?.warnings ?? []),
-    ...(result.image_receipt?.notes ?? []),
-  ];
-  if (result.tiled) texts.push("Memory allowed only a decode in tiles.");
-  return [...new Set(texts)];
-}
-
 function sameness(job, compared) {
   if (job.labels.without) return null;
-  const [one, other] = [job, compared].map(({ result }) => result.images.map((image) => image.pixels_sha256).join());
-  return h("p", { class: "details" }, one === other ? "The same pixels, to the last bit." : "Other pixels.");
+  const [one, other] = [job, compared].map(({ result }) =>
+    result.images.map((image) => image.pixels_sha256).join(),
+  );
+  return h(
+    "p",
+    { class: "details" },
+    one === other ? "The same pixels, to the last bit." : "Other pixels.",
+  );
 }
 
 function captionOf(job) {

@@ -86,17 +86,35 @@ export function countWords() {
 export function sweepGrid(cells, makeImage) {
   const paths = Object.keys(cells[0].values);
   const column = paths[paths.length - 1];
-  const rowOf = (cell) => paths.slice(0, -1).map((path) => labelOf(cell, path)).join("\n");
+  const rowOf = (cell) =>
+    paths
+      .slice(0, -1)
+      .map((path) => labelOf(cell, path))
+      .join("\n");
   const columns = [...new Set(cells.map((cell) => labelOf(cell, column)))];
   const rows = [...new Set(cells.map(rowOf))];
   const byPlace = new Map(
     cells.map((cell, index) => [JSON.stringify([rowOf(cell), labelOf(cell, column)]), index]),
   );
-  const heading = (text, scope) => h("th", { scope }, text.split("\n").map((line) => h("span", {}, line)));
+  const heading = (text, scope) =>
+    h(
+      "th",
+      { scope },
+      text.split("\n").map((line) => h("span", {}, line)),
+    );
   return h(
     "table",
     { class: "sweep" },
-    h("thead", {}, h("tr", {}, paths.length > 1 ? h("td") : null, columns.map((text) => heading(text, "col")))),
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        paths.length > 1 ? h("td") : null,
+        columns.map((text) => heading(text, "col")),
+      ),
+    ),
     h(
       "tbody",
       {},
@@ -126,7 +144,11 @@ function addAxis(value, text) {
     "data-path": "$.sweep",
     autocomplete: "off",
   });
-  const remove = h("button", { type: "button", class: "icon", "aria-label": "Remove the axis" }, "✕");
+  const remove = h(
+    "button",
+    { type: "button", class: "icon", "aria-label": "Remove the axis" },
+    "✕",
+  );
   const axis = { field, values, element: h("li", { class: "axis field" }, field, remove, values) };
   remove.addEventListener("click", () => {
     removeAxis(axis);
@@ -153,7 +175,9 @@ function optionsWith(value) {
   const known = choices();
   const all = known.some(([each]) => each === value) ? known : [...known, [value, value]];
   byId("axis-add").disabled = axes.length >= MOST_AXES;
-  return all.map(([each, text]) => h("option", { value: each, selected: each === value }, cut(text, 40)));
+  return all.map(([each, text]) =>
+    h("option", { value: each, selected: each === value }, cut(text, 40)),
+  );
 }
 
 function pathOf(value) {
@@ -184,7 +208,10 @@ function valuesOf(input, path) {
     if (!(count >= 1 && count <= 64)) throw wrong("Expected 1 to 64 values");
     return Array.from({ length: count }, (_, index) => Number((from + index * step).toFixed(6)));
   }
-  const parts = text.split(",").map((part) => part.trim()).filter((part) => part !== "");
+  const parts = text
+    .split(",")
+    .map((part) => part.trim())
+    .filter((part) => part !== "");
   if (path === "scheduler" || !(path in FIELDS || LORA_PATH.test(path))) return parts;
   const numbers = parts.map(Number);
   const strange = parts.find((_, index) => Number.isNaN(numbers[index]));
@@ -197,6 +224,11 @@ function labelOf(cell, path) {
   const index = LORA_PATH.exec(path)?.[1];
   const spec = index === undefined ? undefined : cell.request.loras?.[Number(index)];
   const value = cell.values[path];
-  const text = typeof value === "number" ? short(value, 4) : typeof value === "string" ? value : JSON.stringify(value);
+  const text =
+    typeof value === "number"
+      ? short(value, 4)
+      : typeof value === "string"
+        ? value
+        : JSON.stringify(value);
   return `${cut(spec ? loraName(spec) : (FIELDS[path] ?? path), 30)} ${cut(text, 40)}`;
 }

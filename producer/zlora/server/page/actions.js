@@ -1,0 +1,2 @@
+/** What the buttons of results and receipts do; `main.js` sets the functions. */
+export const actions = {};
