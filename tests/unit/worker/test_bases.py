@@ -431,24 +431,33 @@ def test_the_least_recently_used_copy_goes_first(
     assert list(worker.bases._copies) == ["other", "velocity"]
 
 
-def test_a_base_that_is_read_while_its_job_is_interrupted_serves_the_next_job(
-    bases: dict[str, Path], model_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = load_pipeline(model_home, ZLORA_MODEL=str(bases["plain"])).resident.nbytes
-    loads: list[str] = []
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the bases that are read from now on, which takes long."""
+    found: list[str] = []
     load_copy: Callable[..., BaseModel] = loader.load_copy
 
-    def slow(found: Any, resident: BaseModel) -> BaseModel:
-        loads.append(found.models[0].name)
+    def slow(settings: Any, resident: BaseModel) -> BaseModel:
+        found.append(settings.models[0].name)
         time.sleep(0.2)
-        return load_copy(found, resident)
+        return load_copy(settings, resident)
 
     monkeypatch.setattr(loader, "load_copy", slow)
-    worker = Worker(model_home, tmp_path, of_all(bases, ZLORA_MODELS_BYTES=str(2 * one)))
+    return found
 
-    def stop(phase: Phase, _step: int, _steps: int) -> None:
-        if phase is Phase.CHANGE:
-            raise Cancelled
+
+def stop(phase: Phase, _step: int, _steps: int) -> None:
+    if phase is Phase.CHANGE:
+        raise Cancelled
+
+
+@pytest.mark.parametrize("room", [0, 2])
+def test_a_base_that_is_read_while_its_job_is_interrupted_serves_the_next_job(
+    room: int, bases: dict[str, Path], model_home: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    """Also if the base is larger than the bound of host memory."""
+    one = load_pipeline(model_home, ZLORA_MODEL=str(bases["plain"])).resident.nbytes
+    worker = Worker(model_home, tmp_path, of_all(bases, ZLORA_MODELS_BYTES=str(room * one)))
 
     with pytest.raises(Cancelled):
         worker.run("other", watch=stop)
@@ -456,8 +465,33 @@ def test_a_base_that_is_read_while_its_job_is_interrupted_serves_the_next_job(
     result = worker.run("other")
 
     assert result.model == "other"
-    assert loads == ["plain", "velocity", "other"]
+    assert loads == [*NAMES[:room], "other"]
     assert {"change"} == result.timings.keys() - worker.run("other").timings.keys()
+
+
+@pytest.mark.usefixtures("loads")
+def test_a_base_that_cannot_be_read_costs_other_jobs_nothing(
+    bases: dict[str, Path],
+    model_home: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither their result, if the job that named it was stopped meanwhile, nor a copy."""
+    listed = bases | {"gone": tmp_path / "gone"}
+    one = load_pipeline(model_home, ZLORA_MODEL=str(bases["plain"])).resident.nbytes
+    worker = Worker(model_home, tmp_path, of_all(listed, ZLORA_MODELS_BYTES=str(3 * one)))
+
+    for name in ("plain", "velocity"):
+        caplog.clear()
+        with pytest.raises(Cancelled):
+            worker.run("gone", watch=stop)
+        assert worker.run(name).model == name
+        assert "base model gone cannot be loaded: " in caplog.text
+    with pytest.raises(ModelUnavailable):
+        worker.run("gone")
+
+    assert worker.bases is not None
+    assert list(worker.bases._copies) == ["plain", "other", "velocity"]
 
 
 def test_a_base_that_memory_does_not_hold_fails_its_job_alone(

@@ -227,8 +227,9 @@ def _host_memory(name: str, settings: Settings) -> Check:
     nbytes = max(size or 0 for size in sizes)
     count = len(settings.models)
     kept = min(count, settings.models_bytes // nbytes)
-    # On a CPU, the base and the place of merged weights.
-    needed = (kept + 2 * _draws_on_cpu(settings)) * nbytes
+    # A base without a copy is read beside the copies. On a CPU, the resident base and the place of
+    # merged weights are in memory, too.
+    needed = (kept + (kept < count) + 2 * _draws_on_cpu(settings)) * nbytes
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     told = f"{needed / _GB:.1f} of {total / _GB:.1f} GB for base models"
     if count:

@@ -505,8 +505,15 @@ def test_memory_is_counted_by_single_files(
     [(3, "ok", "copies of 3 of 3"), (2, "warn", "copies of 2 of 3"), (0, "warn", "of 0 of 3")],
 )
 def test_the_memory_of_several_base_models_is_compared_with_their_bound(
-    environ: dict[str, str], model_home: Path, room: int, status: str, words: str
+    environ: dict[str, str],
+    model_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    status: str,
+    words: str,
 ) -> None:
+    """A base without a copy is read beside the copies, and two are what draws on a CPU."""
+    monkeypatch.setattr(zlora_worker.cli.doctor, "_GB", 10**6)
     nbytes = load_pipeline(model_home).resident.nbytes
     models = ",".join(f"{name}={tiny_model(model_home)}" for name in "abc")
 
@@ -517,6 +524,8 @@ def test_the_memory_of_several_base_models_is_compared_with_their_bound(
     )["host memory"]
 
     assert (found.status, words in found.told) == (status, True)
+    megabytes = (min(room + 1, 3) + 2) * nbytes / 10**6
+    assert float(found.told.partition(" ")[0]) == pytest.approx(megabytes, rel=0.01, abs=0.1)
     if status == "warn":
         assert "Set ZLORA_MODELS_BYTES to" in found.advice
 
