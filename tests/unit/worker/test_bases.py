@@ -487,8 +487,9 @@ def test_a_base_that_cannot_be_read_costs_other_jobs_nothing(
             worker.run("gone", watch=stop)
         assert worker.run(name).model == name
         assert "base model gone cannot be loaded: " in caplog.text
-    with pytest.raises(ModelUnavailable):
+    with pytest.raises(ModelUnavailable, match=r"^gone: no such file"):  # of this machine no path
         worker.run("gone")
+    assert str(tmp_path / "gone") in caplog.text
 
     assert worker.bases is not None
     assert list(worker.bases._copies) == ["plain", "other", "velocity"]

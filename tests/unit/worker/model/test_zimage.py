@@ -10,9 +10,10 @@ import pytest
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
 from PIL import Image
-from support.fakes import a_request, load_pipeline, pixels
+from safetensors.torch import load_file
+from support.fakes import a_request, load_pipeline, pixels, write
 from support.image_files import half_mask, picture
-from support.tiny_folder import tiny_zimage
+from support.tiny_folder import tiny_sd15, tiny_zimage
 from support.tiny_zimage import write_original
 from torch import Tensor
 from zlora.errors import BaseNotRestored, InvalidRequest, ModelUnavailable
@@ -245,9 +246,33 @@ def test_a_single_file_needs_a_folder_with_the_other_components(
 
     with pytest.raises(ModelUnavailable, match=r"text_encoder, vae.*ZLORA_MODEL_CONFIG"):
         loader.load(settings(file, tmp_path))
-    for other in (tmp_path, model_home / "tiny-sd15"):
-        with pytest.raises(ModelUnavailable):
+    for other, words in ((tmp_path, "no model_index.json"), (tiny_sd15(model_home), "of SD 1.x")):
+        with pytest.raises(ModelUnavailable, match=words):
             loader.load(settings(file, tmp_path, ZLORA_MODEL_CONFIG=str(other)))
+
+
+def test_a_vae_of_another_family_is_refused(model_home: Path, tmp_path: Path) -> None:
+    own, other = tiny_zimage(model_home), tiny_sd15(model_home) / "vae"
+
+    with pytest.raises(ModelUnavailable, match=r"VAE for latents of 4 channels; .* have 16"):
+        loader.load(settings(own, tmp_path, ZLORA_VAE=str(other)))
+
+
+def test_a_lora_and_another_file_are_named_as_what_they_are(
+    model_home: Path, tmp_path: Path
+) -> None:
+    whole = load_file(write_original(tiny_zimage(model_home), tmp_path / "whole.safetensors"))
+    other = {name: tensor for name, tensor in whole.items() if name != "cap_pad_token"}
+    files = {
+        "is a LoRA, not": {"diffusion_model.layers.0.feed_forward.w1.lokr_w1": torch.ones(2, 2)},
+        "is a whole UNet: expected": {"down_blocks.0.resnets.0.conv1.weight": torch.ones(2, 2)},
+        "is no checkpoint: expected a checkpoint of one of SDXL, SD 1.x, SD 2.x, Z-Image": other,
+    }
+
+    for words, tensors in files.items():
+        file = write(tmp_path / "a.safetensors", tensors)
+        with pytest.raises(ModelUnavailable, match=words):
+            loader.load(settings(file, tmp_path))
 
 
 def without_template(folder: Path) -> None:
@@ -278,9 +303,27 @@ def without_text_weights(folder: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").unlink()
 
 
+def with_scheduler(class_name: str, **options: object) -> Callable[[Path], None]:
+    """Return a function that replaces the scheduler of a folder."""
+
+    def damage(folder: Path) -> None:
+        index = folder / "model_index.json"
+        named = json.loads(index.read_text()) | {"scheduler": ["diffusers", class_name]}
+        index.write_text(json.dumps(named))
+        config = {"_class_name": class_name, **options}
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        with_scheduler("FlowMatchHeunDiscreteScheduler"),
+        with_scheduler("FlowMatchLCMScheduler"),
+        with_scheduler("EulerDiscreteScheduler"),
+        with_scheduler("UniPCMultistepScheduler"),
+        with_scheduler("FlowMatchEulerDiscreteScheduler", stochastic_sampling=True),
         without_template,
         without_vae,
         without_words,
