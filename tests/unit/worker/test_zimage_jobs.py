@@ -198,8 +198,6 @@ HOSTILE: Final[tuple[tuple[dict[str, Any], str], ...]] = (
     # sides
     *(({"width": side}, "$.width") for side in (72, 88, 1000, 1016, 1048, 4088, 65, 48, 8192, -16)),
     *(({"height": side}, "$.height") for side in (72, 504, 1032, 60, 4112)),
-    ({"upscale": {"factor": 1.1}}, "$.upscale.factor"),
-    ({"upscale": {"factor": 1.3}}, "$.upscale.factor"),
     ({"upscale": {"factor": 4}, "width": 2048}, "$.upscale.factor"),
     ({"upscale": {"factor": 2, "mode": "latent"}}, "$.upscale.mode"),
     ({"upscale": {"factor": 2, "strength": 0.1}}, "$.upscale.strength"),

@@ -167,6 +167,14 @@ def test_a_second_pass_starts_from_the_enlarged_image(model: Pipeline) -> None:
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_sides_after_a_second_pass_are_rounded_to_what_the_model_draws(model: Pipeline) -> None:
+    upscale = Upscale(factor=1.4, strength=0.5)
+
+    (image,) = draw(model, **SIZE, num_inference_steps=2, upscale=upscale)
+
+    assert image.size == (96, 112)  # 89.6 x 112: of a multiple of 8 there is no image
+
+
 def test_images_of_a_batch_are_those_of_their_seeds(model: Pipeline) -> None:
     request = a_request(num_inference_steps=2, **SIZE)
 
