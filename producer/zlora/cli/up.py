@@ -43,7 +43,10 @@ def up(flower: bool, flower_port: int) -> None:
     from zlora.embedded import EmbeddedStack
 
     start = time.monotonic()
-    model = os.environ.get("ZLORA_MODEL") or DEFAULT_MODEL
+    shown = model = os.environ.get("ZLORA_MODEL") or DEFAULT_MODEL
+    if listed := os.environ.get("ZLORA_MODELS"):  # `name=model` with commas, the default first
+        named = [part.partition("=") for part in listed.split(",")]
+        shown, model = ", ".join(name.strip() for name, _, _ in named), named[0][2].strip()
     try:
         with EmbeddedStack(os.environ, flower_port=flower_port if flower else None) as stack:
             store = os.environ.get("ZLORA_STORE") or str(stack.home / "store")
@@ -52,7 +55,7 @@ def up(flower: bool, flower_port: int) -> None:
             if flower:
                 click.echo(f"Flower  {stack.flower_url}")
             click.echo(f"logs    {stack.log_folder}")
-            click.echo(f"model   {without_secrets(model)}, loading")
+            click.echo(f"model   {without_secrets(shown)}, loading")
             is_ready = False
             try:
                 while not signals.has_come():

@@ -437,6 +437,25 @@ def test_a_disk_without_room_for_loras_fails(environ: dict[str, str]) -> None:
     assert found["LoRA cache"].code == "cache_full"
 
 
+def test_a_single_file_that_needs_a_configuration_is_refused_without(
+    environ: dict[str, str], model_home: Path, tmp_path: Path
+) -> None:
+    home = tiny_zimage(model_home)
+    file = str(write_original(home, tmp_path / "tiny.safetensors"))
+
+    alone = worker(environ, ZLORA_MODEL=file)["model"]
+
+    assert (alone.status, "ZLORA_MODEL_CONFIG" in alone.advice) == ("fail", True)
+    whole = worker(environ, ZLORA_MODEL=file, ZLORA_MODEL_CONFIG=str(home))
+    assert whole["model"].status == "ok"
+
+
+def test_all_models_of_a_list_are_named(environ: dict[str, str]) -> None:
+    found = worker(environ | {"ZLORA_MODEL": ""}, ZLORA_MODELS="first=demo,second=demo")
+
+    assert "model first, second," in found["settings"].told
+
+
 @pytest.mark.parametrize("model", ["owner/sd.xl-1.0", "owner", "owner/x.safetensors"])
 def test_a_model_of_the_hub_must_be_cached_if_the_hub_is_offline(
     environ: dict[str, str], model: str
