@@ -9,6 +9,7 @@ from zlora.prompt_syntax import parse
 from zlora.queue_info import QueueInfo
 from zlora.schedulers import find_scheduler, unsupported
 from zlora.schema import GenerateRequest, invalid
+from zlora.sweeps import naming_image
 
 
 def require_served(request: GenerateRequest, info: QueueInfo) -> None:
@@ -28,14 +29,15 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
         raise _refused("url_policy", request.url_policy, f"one of {', '.join(info.url_policies)}")
     if request.url_expires_in is not None and request.url_expires_in > info.url_expires_in:
         raise _refused("url_expires_in", request.url_expires_in, f"up to {info.url_expires_in}")
-    for cell in request.cells:
+    for index, cell in enumerate(request.cells):
         whole = cell.with_defaults(
             steps=info.num_inference_steps, guidance_scale=info.guidance_scale
         )
-        require_honoured(whole, info.limits, base=info.base or info.model)
-        if request.model in (None, info.model):  # the record has the schedulers of this one
-            _require_schedulers(cell, info)
-        _require_names(cell, info)
+        with naming_image(request.sweep, index):
+            require_honoured(whole, info.limits, base=info.base or info.model)
+            if request.model in (None, info.model):  # the record has the schedulers of this one
+                _require_schedulers(cell, info)
+            _require_names(cell, info)
 
 
 def _require_schedulers(request: GenerateRequest, info: QueueInfo) -> None:
@@ -45,7 +47,8 @@ def _require_schedulers(request: GenerateRequest, info: QueueInfo) -> None:
     """
     if request.sampling is not None and request.sampling.name not in info.schedulers:
         names = ", ".join(info.schedulers)
-        reason = f"{request.sampling.entry.class_name} is not for its base ({info.scheduler})"
+        wanted = request.sampling.entry.class_name
+        reason = f"its base model ({info.scheduler}) is not drawn with {wanted}"
         raise _refused("scheduler", request.scheduler, f"one of {names}: {reason}")
     own = find_scheduler(info.scheduler)
     may_have_recipe = request.recipes == "auto" and (request.loras or _has_tags(request))
