@@ -546,8 +546,10 @@ def test_the_manifest_names_the_base_that_drew(
 
 
 def test_a_child_opens_with_its_bases(
-    bases: dict[str, Path], model_home: Path, tmp_path: Path
+    bases: dict[str, Path], model_home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The log says which are in memory, and each change."""
+    caplog.set_level("INFO")
     variables = of_all(bases, ZLORA_STORE=(tmp_path / "store").as_uri(), ZLORA_MODEL="")
     loaded = settings(model_home, **variables, **lora_cache(tmp_path / "cache"))
 
@@ -556,3 +558,6 @@ def test_a_child_opens_with_its_bases(
     assert child.model_names == NAMES
     assert child.bases is not None
     assert child.bases.nbytes == 3 * child.model.resident.nbytes
+    assert "base models in host memory: plain, velocity, other" in caplog.text
+    run_job(child, "job", a_request(model="other"))
+    assert "changed to the base model other in 0." in caplog.text

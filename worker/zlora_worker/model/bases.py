@@ -68,6 +68,7 @@ class BaseModels:
         # In place, the copy is also the pristine one: it would be in memory twice.
         if (first := self._copies.get(self._model.name)) is not None:
             self._model.change_to(first)
+        logger.info("base models in host memory: %s", ", ".join(self._copies) or "none")
 
     def make_resident(
         self, name: str, *, waiting: Callable[[], None]
@@ -91,9 +92,9 @@ class BaseModels:
             _thread.start_new_thread(read.run, (self._begin,))
             self._reading = read
             self._finish_reading(waiting)
-        if isinstance(read.error, ZloraError):
-            raise read.error
         if read.base is None:
+            if isinstance(read.error, ZloraError):
+                raise read.error
             raise ModelUnavailable(
                 f"{name} cannot be loaded: {type(read.error).__name__}: {said_by(read.error)}"
             ) from read.error
@@ -136,7 +137,7 @@ class _Reading:
         self.name, self._load = name, load
         self.torch_threads = torch.get_num_threads()
         self.base: BaseModel | None = None
-        self.error: BaseException | None = None
+        self.error: BaseException = RuntimeError("the thread has not ended")
         self.has_ended = False
 
     def run(self, begin: Callable[["_Reading"], None]) -> None:
