@@ -1,8 +1,7 @@
 """Fixtures of the worker's tests: a tiny model, and a child that draws with it."""
 
-import hashlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +10,8 @@ from support.tiny_folder import tiny_of
 from zlora.schema import Asset
 
 if TYPE_CHECKING:  # imports torch, which takes seconds: half of these files draw nothing
-    from support.fakes import MemoryStore, Tensors
+    from support.fakes import MemoryStore
+    from torch import Tensor
     from zlora_worker.child import Child
     from zlora_worker.model.pipeline import Pipeline
 
@@ -58,6 +58,22 @@ def plain(loaded: Callable[[str], "Loaded"], base_family: str) -> bytes:
 
 
 @pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> "list[Tensor]":
+    """Return the drawn images before they are rounded to bytes."""
+    from zlora_worker.model import pipeline
+
+    found: list[Tensor] = []
+    convert = pipeline.rgb
+
+    def seen_and_converted(image: "Tensor") -> "Tensor":
+        found.append(image)
+        return convert(image)
+
+    monkeypatch.setattr(pipeline, "rgb", seen_and_converted)
+    return found
+
+
+@pytest.fixture
 def store() -> "MemoryStore":
     from support.fakes import MemoryStore
 
@@ -75,17 +91,7 @@ def child(model: "Pipeline", store: "MemoryStore", model_home: Path, tmp_path: P
 
 @pytest.fixture
 def cached(child: "Child") -> Callable[..., Asset]:
-    """Return a function that puts a file in the cache; its address has a host that does not exist.
+    """Return a function that puts a file in the cache of the child, and returns its address."""
+    from support.jobs import put_in_cache
 
-    So a job that names the file is drawn from the cache, or not at all.
-    """
-    from safetensors.torch import save
-
-    def put(data: "bytes | Tensors", *, name: str = "a.png") -> Asset:
-        if not isinstance(data, bytes):
-            data = save(data)
-        digest = hashlib.sha256(data).hexdigest()
-        child.lora_files.file(digest).write_bytes(data)
-        return Asset(url=f"https://user:pa55@files.invalid/{name}?token=s3cret", sha256=digest)
-
-    return put
+    return partial(put_in_cache, child)
