@@ -44,7 +44,7 @@ def _require_sides(request: GenerateRequest, limits: BaseLimits, base: str) -> N
 
 
 def _require_chat(request: GenerateRequest, base: str) -> None:
-    """Raise `InvalidRequest` for what only CLIP and a UNet have."""
+    """Raise `InvalidRequest` for what only text encoders of CLIP have, and for its latents."""
     if request.clip_skip:
         expected = f"Expected none: the text encoder of {base} is read at one layer"
         raise invalid("$.clip_skip", request.clip_skip, expected)
@@ -61,13 +61,13 @@ def _require_chat(request: GenerateRequest, base: str) -> None:
         expected = f"Expected none without guidance: with `guidance_scale` 0 {base} reads none"
         raise invalid("$.negative_prompt", request.negative_prompt, expected)
     for index, spec in enumerate(request.loras):
+        if spec.blocks:
+            expected = f"Expected none: the names are of blocks of a UNet, which {base} has not"
+            raise invalid(f"$.loras[{index}].blocks", spec.blocks, expected)
         if spec.text_encoder_weight:
             expected = f"Expected 0 or none: LoRAs of {base} have no text encoder"
             path = f"$.loras[{index}].text_encoder_weight"
             raise invalid(path, spec.text_encoder_weight, expected)
-        if spec.blocks:
-            expected = f"Expected none: {base} has no UNet, whose blocks these are"
-            raise invalid(f"$.loras[{index}].blocks", spec.blocks, expected)
     if request.upscale is not None and request.upscale.mode == "latent":
         expected = f"Expected image: diffusers does not start from latents of {base}"
         raise invalid("$.upscale.mode", "latent", expected)

@@ -207,7 +207,6 @@ OF: Final[dict[str, Rows]] = {
             for weight in (1, 0.5, -1)
         ),
         *((lora(blocks={name: 0.5}), "$.loras[0].blocks") for name in ("mid", "down.1", "IN04")),
-        *each("previews", True),
         ({"sweep": {"clip_skip": [0, 1]}}, "$.clip_skip"),
         ({"sweep": {"guidance_scale": [2, 0]}, "negative_prompt": "blurry"}, "$.negative_prompt"),
         ({"sweep": {"upscale": [{"factor": 2, "mode": "latent"}]}}, "$.upscale.mode"),
