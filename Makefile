@@ -126,7 +126,8 @@ cycles: $(VENV)/dev.stamp
 # A hundred changes of the base model with LoRAs, failures and signals, for each mode of the patch, and a third of that
 # for bases that are read from disk; prints how many bits were wrong.
 changes: $(VENV)/dev.stamp
-	ZLORA_BASE_CHANGES=100 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/unit/worker/test_bases.py
+	ZLORA_BASE_CHANGES=100 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 --timeout 600 \
+	    tests/unit/worker/test_bases.py
 
 # Draws docs/gallery.md: a sheet of images for each feature, with the demo model, in a minute.
 gallery: $(VENV)/dev.stamp
