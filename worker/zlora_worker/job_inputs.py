@@ -135,15 +135,7 @@ def read_inputs(
     before anything is fetched.
     """
     given = asked.cells
-    resolved: list[Resolved] = []
-    for index, cell in enumerate(given):
-        with naming_image(asked.sweep, index):
-            found = child.catalogue.resolve(cell)
-            request, has_loras = found.request, any(spec.is_used for spec in found.request.loras)
-            if request.scheduler or request.recipes == "off" or not has_loras:
-                child.model.scheduler_name(request)  # else a recipe may set it
-            child.model.require_honoured(request)
-            resolved.append(found)
+    resolved = _resolved(child, asked)
     cells = [request for request, _ in resolved]
     first = cells[0]  # whose embeddings and image are those of all
 
@@ -207,6 +199,25 @@ def read_inputs(
             child.model.require_text(each.request, each.vectors)
     end_phase(Phase.PARSE)
     return inputs
+
+
+def _resolved(child: Child, asked: GenerateRequest) -> list[Resolved]:
+    """Resolve the names of each image's request; raise for what shows without any file."""
+    resolved: list[Resolved] = []
+    for index, cell in enumerate(asked.cells):
+        with naming_image(asked.sweep, index):
+            found = child.catalogue.resolve(cell)
+            request, has_loras = found.request, any(spec.is_used for spec in found.request.loras)
+            may_have_recipe = has_loras and request.recipes == "auto"
+            if request.scheduler or not may_have_recipe:
+                child.model.scheduler_name(request)  # else a recipe may set it
+            if not may_have_recipe:
+                whole = child.model.with_defaults(request)
+                require_drawn_steps(whole)
+                require_steps_of_loras(whole)
+            child.model.require_honoured(request)
+            resolved.append(found)
+    return resolved
 
 
 def _with_nothing_left_out(

@@ -11,14 +11,14 @@ import torch
 from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline
 from PIL import Image
 from safetensors.torch import load_file
-from support.fakes import a_request, load_pipeline, pixels, write
+from support.fakes import a_request, load_pipeline, pixels, require_same, write
 from support.image_files import half_mask, picture
 from support.tiny_folder import tiny_sd15, tiny_zimage
 from support.tiny_zimage import write_original
 from torch import Tensor
 from zlora.errors import BaseNotRestored, InvalidRequest, ModelUnavailable
 from zlora.schema import Asset, Upscale
-from zlora_worker.model import loader, pipeline
+from zlora_worker.model import loader
 from zlora_worker.model.families.z_image import Z_IMAGE
 from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.model.starting_image import StartingImage
@@ -26,12 +26,11 @@ from zlora_worker.settings import Settings
 
 FILE: Final = Asset(url="https://files.invalid/a.png")  # its bytes are given to `draw`
 SIZE: Final[dict[str, Any]] = {"width": 64, "height": 80}
-Seen = list[Tensor]
 
 
 @pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home, ZLORA_MODEL=str(tiny_zimage(model_home)))
+def base_family() -> str:
+    return "Z-Image"
 
 
 @pytest.fixture
@@ -45,19 +44,6 @@ def unchanged(model: Pipeline) -> Iterator[None]:
     """Require after each test that all bits of the model are those of its start."""
     yield
     model.check()
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """Return the drawn images before they are rounded to bytes."""
-    found, convert = Seen(), pipeline.rgb
-
-    def seen_and_converted(image: Tensor) -> Tensor:
-        found.append(image)
-        return convert(image)
-
-    monkeypatch.setattr(pipeline, "rgb", seen_and_converted)
-    return found
 
 
 def draw(
@@ -77,12 +63,6 @@ def by_diffusers(model: Pipeline, cls: Any = ZImagePipeline, **options: Any) -> 
     return image
 
 
-def require_same(seen: Seen, expected: Tensor) -> None:
-    assert seen[-1].dtype is torch.float32
-    assert float((seen[-1] - expected).abs().max()) == 0
-    assert len(set(seen[-1].flatten().tolist())) > 100
-
-
 # --- what is drawn
 
 
@@ -99,29 +79,31 @@ def require_same(seen: Seen, expected: Tensor) -> None:
         {"scheduler": "flow_match_euler", "guidance_scale": 0.0},
     ],
 )
-def test_an_image_is_that_of_diffusers(model: Pipeline, seen: Seen, fields: dict[str, Any]) -> None:
+def test_an_image_is_that_of_diffusers(
+    model: Pipeline, seen: list[Tensor], fields: dict[str, Any]
+) -> None:
     names = {"prompt", "negative_prompt", "guidance_scale"}
     options = {name: value for name, value in fields.items() if name in names}
 
     draw(model, num_inference_steps=3, **SIZE, **fields)
 
-    require_same(seen, by_diffusers(model, **options, **SIZE))
+    require_same(seen[-1], by_diffusers(model, **options, **SIZE))
 
 
-def test_the_defaults_are_nine_steps_without_guidance(model: Pipeline, seen: Seen) -> None:
+def test_the_defaults_are_nine_steps_without_guidance(model: Pipeline, seen: list[Tensor]) -> None:
     steps: list[int] = []
     silent = a_request(num_inference_steps=None, **SIZE)
 
     model.draw(silent, [7], steps.append)
 
     assert steps == list(range(1, 10))
-    require_same(seen, by_diffusers(model, num_inference_steps=9, **SIZE))
+    require_same(seen[-1], by_diffusers(model, num_inference_steps=9, **SIZE))
     assert model.size(a_request()) == (1024, 1024)
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.6, 3), (0.5, 2), (1.0, 5), (0.2, 1)])
 def test_an_image_to_start_from_is_used_as_by_diffusers(
-    model: Pipeline, seen: Seen, strength: float, steps: int
+    model: Pipeline, seen: list[Tensor], strength: float, steps: int
 ) -> None:
     """A strength that leaves a part of a step draws the whole ones only, as for other families."""
     start = StartingImage(picture((64, 80)))
@@ -133,17 +115,17 @@ def test_an_image_to_start_from_is_used_as_by_diffusers(
     assert done == list(range(1, steps + 1))
     exact = 1.0 if steps == 5 else (steps - 0.5) / 5  # diffusers rounds it up
     options = {"image": start.image, "strength": exact, "num_inference_steps": 5}
-    require_same(seen, by_diffusers(model, ZImageImg2ImgPipeline, **options))
+    require_same(seen[-1], by_diffusers(model, ZImageImg2ImgPipeline, **options))
 
 
-def test_a_mask_is_used_as_by_diffusers(model: Pipeline, seen: Seen) -> None:
+def test_a_mask_is_used_as_by_diffusers(model: Pipeline, seen: list[Tensor]) -> None:
     start = StartingImage(picture((64, 80)), half_mask((64, 80)))
     width, height = start.image.size
 
     draw(model, image=FILE, mask=FILE, strength=0.6, num_inference_steps=5, start=start)
 
     require_same(
-        seen,
+        seen[-1],
         by_diffusers(
             model,
             ZImageInpaintPipeline,
