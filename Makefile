@@ -14,7 +14,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 BENCHMARKS := bases batches busy fetch gpu http lora png previews producer queue results scale schedules starts sweeps
 
 .PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover model soak freezes fuzz
-.PHONY: changes gallery mixed
+.PHONY: changes cycles gallery mixed
 .PHONY: bench clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
@@ -35,6 +35,7 @@ help:
 	@echo 'make freezes       twenty minutes of workers that stand still and come back; ARGS="--minutes 3"'
 	@echo 'make fuzz          2,000 mutated messages between good jobs'
 	@echo 'make mixed         300 jobs that mix everything a request can say, with failures'
+	@echo 'make cycles        a thousand jobs of each family with failures and signals; prints changed bits'
 	@echo 'make changes       a hundred changes of the base model with failures, for each mode'
 	@echo 'make gallery       draw docs/gallery.md with the demo model'
 	@echo 'make bench         the short form of every benchmark'
@@ -129,9 +130,17 @@ freezes: $(VENV)/dev.stamp
 mixed: $(VENV)/dev.stamp
 	ZLORA_MIXED_JOBS=300 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/unit/worker/test_mixed_jobs.py
 
-# A hundred changes of the base model with LoRAs, failures and signals, for each mode and amount of host memory.
+# A thousand jobs of each family with LoRAs of all kinds, failures and signals, half of them in each mode of the patch;
+# prints how many bits of the base model have changed. `make test` has a short form.
+cycles: $(VENV)/dev.stamp
+	ZLORA_CYCLES=500 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 --timeout 1800 \
+	    tests/unit/worker/test_cycles.py
+
+# A hundred changes of the base model with LoRAs, failures and signals, for each mode of the patch, and a third of that
+# for bases that are read from disk; prints how many bits were wrong.
 changes: $(VENV)/dev.stamp
-	ZLORA_BASE_CHANGES=100 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 tests/unit/worker/test_bases.py
+	ZLORA_BASE_CHANGES=100 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 --timeout 600 \
+	    tests/unit/worker/test_bases.py
 
 # Draws docs/gallery.md: a sheet of images for each feature, with the demo model, in a minute.
 gallery: $(VENV)/dev.stamp

@@ -5,6 +5,7 @@ from typing import Literal
 from msgspec import Struct
 
 from zlora.prompt_syntax import parse
+from zlora.redaction import without_secrets
 from zlora.schema import SIDE_STEP, GenerateRequest, invalid
 
 
@@ -12,7 +13,7 @@ class BaseLimits(Struct, frozen=True, kw_only=True):
     """Limits of one base model; the defaults are those of SDXL."""
 
     side_step: int = SIDE_STEP
-    """Number of which width and height are multiples."""
+    """Number of which width and height are multiples, also after a second pass."""
     prompts: Literal["windows", "chat"] = "windows"
     """Windows of CLIP, or one message of a chat, which has no weights and no embeddings."""
 
@@ -29,18 +30,10 @@ def require_honoured(request: GenerateRequest, limits: BaseLimits, *, base: str)
 
 def _require_sides(request: GenerateRequest, limits: BaseLimits, base: str) -> None:
     step = limits.side_step
-    expected = f"multiples of {step}, as {base} draws"
     for field in ("width", "height"):
         side = getattr(request, field)
         if side is not None and side % step:
-            raise invalid(f"$.{field}", side, f"Expected {expected}")
-    upscale, width, height = request.upscale, request.width, request.height
-    if upscale is not None and width is not None and height is not None:
-        larger = upscale.size(width, height)
-        if any(side % step for side in larger):
-            found = f"{larger[0]} x {larger[1]}"
-            expected = f"Expected sides after it that are {expected}, not {found}"
-            raise invalid("$.upscale.factor", upscale.factor, expected)
+            raise invalid(f"$.{field}", side, f"Expected a multiple of {step}, as {base} draws")
 
 
 def _require_chat(request: GenerateRequest, base: str) -> None:
@@ -50,7 +43,8 @@ def _require_chat(request: GenerateRequest, base: str) -> None:
         raise invalid("$.clip_skip", request.clip_skip, expected)
     if request.embeddings:
         expected = f"Expected none: {base} reads no embeddings"
-        raise invalid("$.embeddings", len(request.embeddings), expected)
+        names = ", ".join(without_secrets(each.file.address) for each in request.embeddings)
+        raise invalid("$.embeddings", names, expected)
     for field in ("prompt", "negative_prompt"):
         text = getattr(request, field)
         sections = parse(text, request.prompt_syntax).sections

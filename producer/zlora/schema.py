@@ -240,7 +240,7 @@ class Upscale(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unkn
     """A second pass, which starts from the enlarged image (hires fix)."""
 
     factor: Annotated[float, Meta(gt=1, le=4)]
-    """Factor of both sides, up to 4; the sides become multiples of 8."""
+    """Factor of both sides, up to 4; the sides become multiples of 8, or of 16 for Z-Image."""
     strength: Strength = 0.5
     """Share of the steps of the second pass that are drawn, up to 1; 0.5 by default."""
     steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] | None = None
@@ -248,9 +248,9 @@ class Upscale(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unkn
     mode: Literal["image", "latent"] = "image"
     """What is enlarged: the decoded `image` (the default), or its `latent` before the decoding."""
 
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of an image that is enlarged."""
-        sides = (8 * round(side * self.factor / 8) for side in (width, height))
+    def size(self, width: int, height: int, *, step: int = SIDE_STEP) -> tuple[int, int]:
+        """Width and height of an image that is enlarged, as multiples of `step`."""
+        sides = (step * round(side * self.factor / step) for side in (width, height))
         return next(sides), next(sides)
 
 
@@ -676,7 +676,7 @@ class GenerateResult(Struct, frozen=True, kw_only=True):
     base_sha256: str | None = None
     """SHA-256 of the weights of the base model in memory."""
     model_sha256: str | None = None
-    """SHA-256 of the single file that the base model was loaded from, if any."""
+    """SHA-256 of the single file of the base model, if any; of Z-Image, that of the transformer."""
     scheduler: str | None = None
     """Class of the scheduler in diffusers, then its variant and its schedule, if it has any."""
     device: str | None = None
@@ -943,8 +943,9 @@ def _with_checked_sweep(request: GenerateRequest) -> GenerateRequest:
     for index, cell in enumerate(sweeps.cells(request.sweep)):
         try:
             found = parse_request(sweeps.with_values(document, cell))
-        except LookupError:
-            raise invalid(path, ", ".join(cell), "Expected paths of LoRAs of the request") from None
+        except LookupError as missing:
+            expected = f"Expected paths of the request, which has no `{missing}`"
+            raise invalid(path, ", ".join(cell), expected) from None
         except InvalidRequest as error:
             details = error.details
             expected = f"{details['expected']} at {details['path']} of image {index}"

@@ -2,13 +2,22 @@
 
 from functools import lru_cache
 
+from msgspec import structs
+
 from zlora.base_limits import require_honoured
 from zlora.errors import InvalidRequest
 from zlora.lora.catalogue import Catalogue, CatalogueRow, lora_name
 from zlora.prompt_syntax import parse
 from zlora.queue_info import QueueInfo
 from zlora.schedulers import find_scheduler, unsupported
-from zlora.schema import GenerateRequest, invalid
+from zlora.schema import (
+    GenerateRequest,
+    invalid,
+    require_drawn_steps,
+    require_steps_of_loras,
+    require_upscaled_size,
+)
+from zlora.sweeps import naming_image
 
 
 def require_served(request: GenerateRequest, info: QueueInfo) -> None:
@@ -28,14 +37,25 @@ def require_served(request: GenerateRequest, info: QueueInfo) -> None:
         raise _refused("url_policy", request.url_policy, f"one of {', '.join(info.url_policies)}")
     if request.url_expires_in is not None and request.url_expires_in > info.url_expires_in:
         raise _refused("url_expires_in", request.url_expires_in, f"up to {info.url_expires_in}")
-    for cell in request.cells:
+    for index, cell in enumerate(request.cells):
         whole = cell.with_defaults(
             steps=info.num_inference_steps, guidance_scale=info.guidance_scale
         )
-        require_honoured(whole, info.limits, base=info.base or info.model)
-        if request.model in (None, info.model):  # the record has the schedulers of this one
-            _require_schedulers(cell, info)
-        _require_names(cell, info)
+        with naming_image(request.sweep, index):
+            if request.model in (
+                None,
+                info.model,
+            ):  # the record has size and schedulers of this one
+                if request.image is None:
+                    width, height = whole.width or info.width, whole.height or info.height
+                    whole = structs.replace(whole, width=width, height=height)
+                    require_upscaled_size(whole)
+                _require_schedulers(cell, info)
+            require_honoured(whole, info.limits, base=info.base or info.model)
+            if not _may_have_recipe(cell):
+                require_drawn_steps(whole)
+                require_steps_of_loras(whole)
+            _require_names(cell, info)
 
 
 def _require_schedulers(request: GenerateRequest, info: QueueInfo) -> None:
@@ -45,11 +65,11 @@ def _require_schedulers(request: GenerateRequest, info: QueueInfo) -> None:
     """
     if request.sampling is not None and request.sampling.name not in info.schedulers:
         names = ", ".join(info.schedulers)
-        reason = f"{request.sampling.entry.class_name} is not for its base ({info.scheduler})"
+        wanted = request.sampling.entry.class_name
+        reason = f"its base model ({info.scheduler}) is not drawn with {wanted}"
         raise _refused("scheduler", request.scheduler, f"one of {names}: {reason}")
     own = find_scheduler(info.scheduler)
-    may_have_recipe = request.recipes == "auto" and (request.loras or _has_tags(request))
-    if request.scheduler is not None or own is None or may_have_recipe:
+    if request.scheduler is not None or own is None or _may_have_recipe(request):
         return
     given = request.given_sampling
     if (missing := unsupported(own.name, schedule=request.schedule, given=given)) is not None:
@@ -78,6 +98,10 @@ def _catalogue_of(names: tuple[str, ...]) -> Catalogue | None:
 
 def _has_tags(request: GenerateRequest) -> bool:
     return bool(parse(request.prompt, request.prompt_syntax).loras)
+
+
+def _may_have_recipe(request: GenerateRequest) -> bool:
+    return request.recipes == "auto" and (bool(request.loras) or _has_tags(request))
 
 
 def _refused(field: str, value: object, expected: str) -> InvalidRequest:

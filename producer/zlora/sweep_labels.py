@@ -42,7 +42,7 @@ def _words(value: Any) -> str:
     """Return a value of a request in a few words."""
     words = str(value)
     match value:
-        case None | () | []:
+        case None | "" | () | []:
             words = "none"
         case float():
             words = f"{value:g}"

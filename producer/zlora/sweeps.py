@@ -5,9 +5,12 @@ A value is named by its path in the request, such as `seed` or `loras[0].weight`
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any, Final
+
+from zlora.errors import ZloraError
 
 MAX_CELLS: Final = 64  # images of a sweep
 MAX_LORAS: Final = 16  # different LoRAs of a sweep, which are in memory all together
@@ -67,13 +70,15 @@ def cells(sweep: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def with_values(document: dict[str, Any], values: Values) -> dict[str, Any]:
     """Return the request of one image, as JSON data.
 
-    Raises `LookupError` if the document lacks the LoRA of a path.
+    Raises `LookupError` with the LoRA of a path that the document lacks.
     """
     found = dict(document)
     for path, value in values.items():
         name, index, field = parts_of(path)
         if index is not None:
             found[name] = loras = list(found.get(name, ()))
+            if index >= len(loras):
+                raise LookupError(f"{name}[{index}]")
             loras[index] = {**loras[index], field: value} if field else value
         elif field is not None:
             found[name] = {**(found.get(name) or {}), field: value}
@@ -97,3 +102,18 @@ def parts_of(path: str) -> tuple[str, int | None, str | None]:
     assert found is not None  # noqa: S101 - of a request that was checked
     name, index, field = found.groups()
     return name, None if index is None else int(index), field
+
+
+@contextmanager
+def naming_image(sweep: object, index: int) -> Iterator[None]:
+    """Name the image of this index in the message and the details of errors, if there is a sweep.
+
+    In the details it is `image`.
+    """
+    try:
+        yield
+    except ZloraError as error:
+        if sweep is not None:
+            error.message += f" (image {index} of the sweep)"
+            error.add_details(image=index)
+        raise

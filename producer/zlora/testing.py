@@ -36,6 +36,7 @@ from zlora.redaction import label, without_secrets, without_secrets_in
 from zlora.schema import (
     CONTENT_TYPES,
     QUEUE,
+    SIDE_STEP,
     TIMED_PHASES,
     Asset,
     Cancellation,
@@ -341,7 +342,8 @@ def fake_result(
     width = request.width or (info.width if info else _NATIVE_SIDE)
     height = request.height or (info.height if info else _NATIVE_SIDE)
     if request.upscale is not None:
-        width, height = request.upscale.size(width, height)
+        step = info.limits.side_step if info else SIDE_STEP
+        width, height = request.upscale.size(width, height, step=step)
     for index in range(request.num_images):
         key = image_key(job_id, index, request.output_format)
         content_type = _MEDIA_TYPES[request.output_format]

@@ -127,6 +127,13 @@ def difference(one: bytes, other: bytes) -> int:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
+def require_same(image: Tensor, expected: Tensor) -> None:
+    """Require an image in fp32 that is not flat, and of which no value differs."""
+    assert image.dtype is torch.float32
+    assert float((image - expected).abs().max()) == 0
+    assert len(set(image.flatten().tolist())) > 100
+
+
 def weights(model: Pipeline, component: str) -> Tensors:
     """Return the tensors of a component, not copies: a test may damage them."""
     tensors: Tensors = getattr(model.pipeline, component).state_dict()

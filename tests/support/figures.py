@@ -52,6 +52,11 @@ def record(run: Path, tally: Tally) -> None:
         file.write(json.dumps(asdict(tally)) + "\n")
 
 
+def note(factory: pytest.TempPathFactory, text: str) -> None:
+    """Print a measurement at the end of the run."""
+    record(shared_folder(factory.getbasetemp()), Tally(notes=[text]))
+
+
 def shared_folder(own: Path) -> Path:
     """Return the folder that all test processes of a run share, given the base folder of one."""
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own

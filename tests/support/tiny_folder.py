@@ -25,6 +25,11 @@ def tiny_zimage(home: Path) -> Path:
     return home / TINY_ZIMAGE
 
 
+def tiny_of(home: Path, family: str) -> Path:
+    """Return the folder of the tiny model of a family, by its name in results."""
+    return {"SDXL": tiny_model, "SD 1.x": tiny_sd15, "Z-Image": tiny_zimage}[family](home)
+
+
 def tiny_lora_folder(home: Path) -> Path:
     """Return the folder of the LoRAs."""
     return home / "tiny-loras"

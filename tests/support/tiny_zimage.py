@@ -29,11 +29,11 @@ _TEMPLATE: Final = (
 )
 
 
-def build_zimage(folder: Path) -> None:
+def build_zimage(folder: Path, *, seed: int = _SEED) -> None:
     """Write a tiny Z-Image to `folder` in diffusers' layout, about 3 MB."""
     tokens = _tokenizer()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
+        torch.manual_seed(seed)
         pipeline = ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=_vae(),

@@ -1,5 +1,6 @@
 """What the child process keeps from its start to its end: the base model, caches, the store."""
 
+import logging
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:  # imports torch, which a child with a fake engine is without
     from zlora_worker.model.bases import BaseModels
+
+logger = logging.getLogger(__name__)
 
 _MAX_NAMES: Final = 1000  # of LoRAs in the record of the queue
 VERSIONS: Final = {
@@ -111,7 +114,11 @@ class Child:
         )
         if tier is None:
             return False
-        self.meter.model_changed(tier, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        logger.info(
+            "changed to the base model %s in %.1f s, from %s", self.model.name, seconds, tier
+        )
+        self.meter.model_changed(tier, seconds)
         return True
 
     def queue_info(self) -> QueueInfo:

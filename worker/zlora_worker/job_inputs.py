@@ -2,12 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
-from zlora.errors import ZloraError
 from zlora.lora import recipes
 from zlora.lora.catalogue import CatalogueEntry, Resolved
 from zlora.schema import (
@@ -21,6 +19,7 @@ from zlora.schema import (
     require_upscaled_size,
     used_loras,
 )
+from zlora.sweeps import naming_image
 
 from zlora_worker.child import Child
 from zlora_worker.delivery.progress import Progress
@@ -136,15 +135,7 @@ def read_inputs(
     before anything is fetched.
     """
     given = asked.cells
-    resolved: list[Resolved] = []
-    for index, cell in enumerate(given):
-        with naming_image(asked, index):
-            found = child.catalogue.resolve(cell)
-            request, has_loras = found.request, any(spec.is_used for spec in found.request.loras)
-            if request.scheduler or request.recipes == "off" or not has_loras:
-                child.model.scheduler_name(request)  # else a recipe may set it
-            child.model.require_honoured(request)
-            resolved.append(found)
+    resolved = _resolved(child, asked)
     cells = [request for request, _ in resolved]
     first = cells[0]  # whose embeddings and image are those of all
 
@@ -169,7 +160,7 @@ def read_inputs(
         known: dict[tuple[str, ...], list[EmbeddingInUse]] = {}  # by the LoRAs that have some
         for index, (request, entries) in enumerate(resolved):
             of_cell: list[LoraInUse] = []
-            with naming_image(asked, index):
+            with naming_image(asked.sweep, index):
                 for spec, entry in zip(request.loras, entries, strict=True):
                     if not spec.is_used:
                         continue
@@ -188,7 +179,7 @@ def read_inputs(
     image = ImageInUse.decode(child, first, image_files) if image_files else None
     inputs = []
     for index, (request, entries) in enumerate(resolved):
-        with naming_image(asked, index):
+        with naming_image(asked.sweep, index):
             filled = _with_nothing_left_out(child, request, loras[index], image)
         inputs.append(
             JobInputs(
@@ -204,21 +195,29 @@ def read_inputs(
             )
         )
     for index, each in enumerate(inputs if asked.sweep else ()):  # before the first is drawn
-        with naming_image(asked, index):
+        with naming_image(asked.sweep, index):
             child.model.require_text(each.request, each.vectors)
     end_phase(Phase.PARSE)
     return inputs
 
 
-@contextmanager
-def naming_image(asked: GenerateRequest, index: int) -> Iterator[None]:
-    """Add the index of an image of a sweep, as `image`, to the details of errors inside."""
-    try:
-        yield
-    except ZloraError as error:
-        if asked.sweep is not None:
-            error.add_details(image=index)
-        raise
+def _resolved(child: Child, asked: GenerateRequest) -> list[Resolved]:
+    """Resolve the names of each image's request; raise for what shows without any file."""
+    resolved: list[Resolved] = []
+    for index, cell in enumerate(asked.cells):
+        with naming_image(asked.sweep, index):
+            found = child.catalogue.resolve(cell)
+            request, has_loras = found.request, any(spec.is_used for spec in found.request.loras)
+            may_have_recipe = has_loras and request.recipes == "auto"
+            if request.scheduler or not may_have_recipe:
+                child.model.scheduler_name(request)  # else a recipe may set it
+            if not may_have_recipe:
+                whole = child.model.with_defaults(request)
+                require_drawn_steps(whole)
+                require_steps_of_loras(whole)
+            child.model.require_honoured(request)
+            resolved.append(found)
+    return resolved
 
 
 def _with_nothing_left_out(

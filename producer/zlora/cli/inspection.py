@@ -1,14 +1,19 @@
 """`zlora inspect` and `zlora info`: what a LoRA is and what a queue serves, without a job."""
 
+import os
+from pathlib import Path
 from typing import Final
+from urllib.parse import unquote, urlsplit
 
 import click
 
 from zlora.cli.printing import json_option, print_facts, print_json
 from zlora.client import Client
-from zlora.errors import ModelUnavailable
-from zlora.lora.preflight import Preflight
+from zlora.errors import ModelUnavailable, NotSafetensors
+from zlora.lora.preflight import Preflight, describe
+from zlora.lora.safetensors_header import read_header
 from zlora.queue_info import QueueInfo
+from zlora.redaction import on_one_line
 from zlora.schema import Asset
 
 _PROMPTS: Final = {"windows": "windows of 75 tokens", "chat": "one message of a chat"}
@@ -20,10 +25,18 @@ _PROMPTS: Final = {"windows": "windows of 75 tokens", "chat": "one message of a 
 def inspect(address: str, as_json: bool) -> None:
     """Print what the LoRA at ADDRESS is, from its header.
 
-    Prints the format, ranks, base model, trigger words and modules. ADDRESS is a URL,
-    `hf://owner/repo/file`, `owner/repo` or `civitai://<version id>`.
+    Prints the format, ranks, base model, trigger words and modules. ADDRESS is a URL, a file on
+    this machine, `hf://owner/repo/file`, `owner/repo` or `civitai://<version id>`.
     """
-    info = Preflight.from_env().inspect(Asset(url=address))
+    path = Path(unquote(urlsplit(address).path) if address.startswith("file:///") else address)
+    if os.path.isfile(path):
+        name = on_one_line(path)
+        try:
+            info = describe(read_header(path), source=name, size=path.stat().st_size)
+        except NotSafetensors as error:
+            raise NotSafetensors(f"{name}: {error}", error.details) from None
+    else:
+        info = Preflight.from_env().inspect(Asset(url=address))
     if as_json:
         print_json(info)
         return

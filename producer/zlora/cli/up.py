@@ -47,7 +47,10 @@ def up(flower: bool, flower_port: int, serve: bool, serve_port: int) -> None:
     from zlora.embedded import EmbeddedStack
 
     start = time.monotonic()
-    model = os.environ.get("ZLORA_MODEL") or DEFAULT_MODEL
+    shown = model = os.environ.get("ZLORA_MODEL") or DEFAULT_MODEL
+    if listed := os.environ.get("ZLORA_MODELS"):  # `name=model` with commas, the default first
+        named = [part.partition("=") for part in listed.split(",")]
+        shown, model = ", ".join(name.strip() for name, _, _ in named), named[0][2].strip()
     try:
         with EmbeddedStack(
             os.environ,
@@ -62,7 +65,7 @@ def up(flower: bool, flower_port: int, serve: bool, serve_port: int) -> None:
             if serve:
                 click.echo(f"page    {stack.page_url}")
             click.echo(f"logs    {stack.log_folder}")
-            click.echo(f"model   {without_secrets(model)}, loading")
+            click.echo(f"model   {without_secrets(shown)}, loading")
             is_ready = False
             try:
                 while not signals.has_come():

@@ -99,6 +99,27 @@ def test_blocks_of_a_unet_are_refused_for_a_base_that_has_none() -> None:
     assert not worker.requests
 
 
+def test_embeddings_that_a_base_does_not_read_are_named() -> None:
+    spec = {"file": {"url": "https://files.invalid/a.safetensors?sig=s3cret"}}
+
+    with pytest.raises(
+        InvalidRequest, match=r"the value is 'https://files.invalid/a.saf"
+    ) as raised:
+        MemoryWorker(info=CHAT).client().submit({"prompt": "a", "embeddings": [spec]})
+
+    assert "s3cret" not in str(raised.value)
+
+
+def test_a_scheduler_that_the_pipeline_of_a_base_does_not_take_is_refused() -> None:
+    info = msgspec.structs.replace(
+        CHAT, scheduler="FlowMatchEulerDiscreteScheduler", schedulers=("flow_match_euler",)
+    )
+    worker = MemoryWorker(info=info)
+
+    with pytest.raises(InvalidRequest, match=r"is not drawn with FlowMatchHeunDiscreteScheduler"):
+        worker.client().submit({"prompt": "a", "scheduler": "flow_match_heun"})
+
+
 def test_a_base_without_a_unet_has_previews() -> None:
     worker = MemoryWorker(info=CHAT)
 
@@ -110,9 +131,12 @@ def test_a_base_without_a_unet_has_previews() -> None:
 def test_a_sweep_is_refused_if_the_queue_does_not_serve_one_of_its_images() -> None:
     worker = MemoryWorker(info=INFO)
 
-    with pytest.raises(InvalidRequest, match="HeunDiscreteScheduler"):
+    with pytest.raises(
+        InvalidRequest, match=r"HeunDiscreteScheduler.*image 1 of the sweep"
+    ) as raised:
         worker.client().submit({"prompt": "a", "sweep": {"scheduler": ["ddim", "heun"]}})
 
+    assert raised.value.details["image"] == 1
     assert not worker.requests
 
 

@@ -151,6 +151,10 @@ def test_a_wrong_sweep_is_refused(axes: Any) -> None:
     assert error.details["expected"]
 
 
+def test_the_lora_that_a_request_lacks_is_named() -> None:
+    assert "the request, which has no `loras[2]`" in str(refusal({"loras[2].file": [LORA["file"]]}))
+
+
 @pytest.mark.parametrize("fields", [{"num_images": 2}, {"batch_size": 4}])
 def test_a_sweep_has_one_image_of_each_combination(fields: dict[str, Any]) -> None:
     (field,) = fields
@@ -261,6 +265,7 @@ def labels_of(axes: dict[str, Any], **fields: Any) -> list[str]:
             ["prompt ... May", "prompt ... June"],
         ),
         ({"prompt": ["a cat", "a dog\n"]}, ["prompt a cat", "prompt a dog"]),
+        ({"prompt": ["", "a dog"]}, ["prompt none", "prompt a dog"]),
     ],
     ids=str,
 )

@@ -1,10 +1,8 @@
 """Several base models on one worker: each draws as it does alone, whatever was drawn before."""
 
-import hashlib
 import json
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +13,7 @@ from typing import Any, Final
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from support import tiny_sdxl
+from support import figures, tiny_sdxl
 from support.fakes import (
     PLACES,
     TEXT,
@@ -28,13 +26,13 @@ from support.fakes import (
     peft_lora,
     settings,
     weights,
-    write,
 )
-from support.jobs import Watch, lora_cache, make_child, make_spool, run_job
+from support.interruption import Cancelled, TimeLimit, cancel, time_limit
+from support.jobs import Watch, lora_cache, make_child, make_spool, put_in_cache, run_job
 from support.tiny_folder import tiny_sd15
 from zlora.errors import BaseNotRestored, InvalidRequest, LoraMismatch, ModelUnavailable
 from zlora.lora.catalogue import Catalogue
-from zlora.schema import Asset, GenerateResult, LoraSpec, Phase
+from zlora.schema import GenerateResult, LoraSpec, Phase
 from zlora_worker.child import Child
 from zlora_worker.model import loader
 from zlora_worker.model.base import BaseModel
@@ -48,14 +46,6 @@ CHANGES: Final = int(os.environ.get("ZLORA_BASE_CHANGES", "36"))
 NAMES: Final = ("plain", "velocity", "other")
 KINDS: Final = ("none", "kohya", "peft", "dora")
 SPACIOUS: Final = 10**9  # bytes
-
-
-class TimeLimit(Exception):
-    """Raised by a signal between any two instructions, as Celery's soft time limit is."""
-
-
-class Cancelled(Exception):
-    """Raised by the progress callback of a job."""
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +80,7 @@ class Worker:
         self.model: Pipeline = loader.load(loaded)
         self.bases = BaseModels.open(loaded, self.model) if loaded.models else None
         self.child = make_child(self.model, MemoryStore(100_000), loaded, bases=self.bases)
-        self._count, self._folder = 0, folder
+        self._count = 0
         self._loras = {
             "kohya": kohya_lora((*UNET, *TEXT)),
             "peft": peft_lora(UNET),
@@ -99,10 +89,7 @@ class Worker:
 
     def lora(self, tensors: Tensors) -> LoraSpec:
         """Put a file into the cache."""
-        data = write(self._folder / "draft", tensors).read_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        self.child.lora_files.file(digest).write_bytes(data)
-        return LoraSpec(file=Asset(url="https://loras.invalid/a.safetensors", sha256=digest))
+        return LoraSpec(file=put_in_cache(self.child, tensors))
 
     def run(
         self, name: str | None, kind: str = "none", watch: Watch = lambda *_: None, **fields: Any
@@ -127,7 +114,8 @@ def of_all(bases: dict[str, Path], **variables: str) -> dict[str, str]:
 Alone = dict[str, tuple[str, dict[str, str]]]  # digest and images of each base by the kind of job
 
 
-@pytest.fixture(scope="module", params=PLACES)
+# A wider scope than that of `alone`, so that what each base draws alone is drawn once.
+@pytest.fixture(scope="session", params=PLACES)
 def place(request: pytest.FixtureRequest) -> dict[str, str]:
     variables: dict[str, str] = request.param
     return variables
@@ -208,30 +196,6 @@ def test_facts_of_a_base_change_with_it(worker: Worker) -> None:
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeLimit` in the block after some seconds of CPU time."""
-    armed = [True]
-
-    def strike(*_: object) -> None:
-        if armed:
-            armed.clear()
-            raise TimeLimit
-
-    signal.signal(signal.SIGVTALRM, strike)
-    try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-        yield
-    finally:
-        armed.clear()
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-
-
-def cancel(phase: Phase, _step: int, _steps: int) -> None:
-    if phase is Phase.DENOISE:
-        raise Cancelled
-
-
-@contextmanager
 def struck_change(line: int) -> Iterator[list[int]]:
     """Raise `TimeLimit` before a line of code of the change of the base in the block.
 
@@ -262,7 +226,12 @@ def struck_change(line: int) -> Iterator[list[int]]:
 
 # An exception that a signal raises during garbage collection is lost, and the job goes on.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_changes_with_failures_and_signals_leave_no_wrong_bit(worker: Worker, alone: Alone) -> None:
+def test_changes_with_failures_and_signals_leave_no_wrong_bit(
+    worker: Worker,
+    alone: Alone,
+    place: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """Of four jobs one is cancelled, one is struck in its change, one at any time.
 
     `make changes` makes a hundred changes, `make test` fewer; fewer still of bases on disk, which
@@ -287,8 +256,11 @@ def test_changes_with_failures_and_signals_leave_no_wrong_bit(worker: Worker, al
             elif end == "limit":
                 with time_limit(chance.uniform(0.0005, 0.02)):
                     worker.run(name, kind)
+            elif end == "cancelled":
+                worker.run(name, kind, cancel)
             else:
-                worker.run(name, kind, cancel if end == "cancelled" else lambda *_: None)
+                result = worker.run(name, kind)
+                assert (result.model, result.base_sha256) == (name, worker.sha256())
         except TimeLimit:
             struck += end == "struck"
         except Exception:  # noqa: BLE001 - libraries replace `TimeLimit` by errors of their own
@@ -299,6 +271,11 @@ def test_changes_with_failures_and_signals_leave_no_wrong_bit(worker: Worker, al
     for name in NAMES:
         assert drawn(worker.run(name, "kohya")) == alone[name][1]["kohya"]
     assert struck >= count // 8
+    figures.note(
+        tmp_path_factory,
+        f"{place['ZLORA_PATCH']}, {place['ZLORA_DEVICE']}, {len(worker.bases._copies)} copies: "
+        f"{count} changes of the base model, {struck} interrupted in the change, 0 wrong bits",
+    )
 
 
 @pytest.mark.parametrize("times", [1, 5, 8])
@@ -431,24 +408,33 @@ def test_the_least_recently_used_copy_goes_first(
     assert list(worker.bases._copies) == ["other", "velocity"]
 
 
-def test_a_base_that_is_read_while_its_job_is_interrupted_serves_the_next_job(
-    bases: dict[str, Path], model_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = load_pipeline(model_home, ZLORA_MODEL=str(bases["plain"])).resident.nbytes
-    loads: list[str] = []
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the bases that are read from now on, which takes long."""
+    found: list[str] = []
     load_copy: Callable[..., BaseModel] = loader.load_copy
 
-    def slow(found: Any, resident: BaseModel) -> BaseModel:
-        loads.append(found.models[0].name)
+    def slow(settings: Any, resident: BaseModel) -> BaseModel:
+        found.append(settings.models[0].name)
         time.sleep(0.2)
-        return load_copy(found, resident)
+        return load_copy(settings, resident)
 
     monkeypatch.setattr(loader, "load_copy", slow)
-    worker = Worker(model_home, tmp_path, of_all(bases, ZLORA_MODELS_BYTES=str(2 * one)))
+    return found
 
-    def stop(phase: Phase, _step: int, _steps: int) -> None:
-        if phase is Phase.CHANGE:
-            raise Cancelled
+
+def stop(phase: Phase, _step: int, _steps: int) -> None:
+    if phase is Phase.CHANGE:
+        raise Cancelled
+
+
+@pytest.mark.parametrize("room", [0, 2])
+def test_a_base_that_is_read_while_its_job_is_interrupted_serves_the_next_job(
+    room: int, bases: dict[str, Path], model_home: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    """Also if the base is larger than the bound of host memory."""
+    one = load_pipeline(model_home, ZLORA_MODEL=str(bases["plain"])).resident.nbytes
+    worker = Worker(model_home, tmp_path, of_all(bases, ZLORA_MODELS_BYTES=str(room * one)))
 
     with pytest.raises(Cancelled):
         worker.run("other", watch=stop)
@@ -456,8 +442,34 @@ def test_a_base_that_is_read_while_its_job_is_interrupted_serves_the_next_job(
     result = worker.run("other")
 
     assert result.model == "other"
-    assert loads == ["plain", "velocity", "other"]
+    assert loads == [*NAMES[:room], "other"]
     assert {"change"} == result.timings.keys() - worker.run("other").timings.keys()
+
+
+@pytest.mark.usefixtures("loads")
+def test_a_base_that_cannot_be_read_costs_other_jobs_nothing(
+    bases: dict[str, Path],
+    model_home: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither their result, if the job that named it was stopped meanwhile, nor a copy."""
+    listed = bases | {"gone": tmp_path / "gone"}
+    one = load_pipeline(model_home, ZLORA_MODEL=str(bases["plain"])).resident.nbytes
+    worker = Worker(model_home, tmp_path, of_all(listed, ZLORA_MODELS_BYTES=str(3 * one)))
+
+    for name in ("plain", "velocity"):
+        caplog.clear()
+        with pytest.raises(Cancelled):
+            worker.run("gone", watch=stop)
+        assert worker.run(name).model == name
+        assert "base model gone cannot be loaded: " in caplog.text
+    with pytest.raises(ModelUnavailable, match=r"^gone: no such file"):  # of this machine no path
+        worker.run("gone")
+    assert str(tmp_path / "gone") in caplog.text
+
+    assert worker.bases is not None
+    assert list(worker.bases._copies) == ["plain", "other", "velocity"]
 
 
 def test_a_base_that_memory_does_not_hold_fails_its_job_alone(
@@ -511,8 +523,10 @@ def test_the_manifest_names_the_base_that_drew(
 
 
 def test_a_child_opens_with_its_bases(
-    bases: dict[str, Path], model_home: Path, tmp_path: Path
+    bases: dict[str, Path], model_home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The log says which are in memory, and each change."""
+    caplog.set_level("INFO")
     variables = of_all(bases, ZLORA_STORE=(tmp_path / "store").as_uri(), ZLORA_MODEL="")
     loaded = settings(model_home, **variables, **lora_cache(tmp_path / "cache"))
 
@@ -521,3 +535,6 @@ def test_a_child_opens_with_its_bases(
     assert child.model_names == NAMES
     assert child.bases is not None
     assert child.bases.nbytes == 3 * child.model.resident.nbytes
+    assert "base models in host memory: plain, velocity, other" in caplog.text
+    run_job(child, "job", a_request(model="other"))
+    assert "changed to the base model other in 0." in caplog.text

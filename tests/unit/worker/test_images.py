@@ -20,6 +20,7 @@ from support.fakes import (
     kohya_lora,
     load_pipeline,
     pixels,
+    require_same,
     settings,
     upcast_vae,
     write,
@@ -116,26 +117,14 @@ def test_images_are_those_of_diffusers(
 
 
 def test_values_before_rounding_are_those_of_diffusers(
-    child: Child,
-    cached: Callable[[bytes], Asset],
-    monkeypatch: pytest.MonkeyPatch,
+    child: Child, cached: Callable[[bytes], Asset], seen: list[torch.Tensor]
 ) -> None:
     """The greatest difference in fp32 is 0."""
-    seen: list[torch.Tensor] = []
-    convert = pipeline.rgb
-
-    def seen_and_converted(image: torch.Tensor) -> torch.Tensor:
-        seen.append(image)
-        return convert(image)
-
-    monkeypatch.setattr(pipeline, "rgb", seen_and_converted)
     start, mask = picture(), half_mask()
 
     drawn(child, "job", image=cached(file_of(start)), mask=cached(file_of(mask)))
 
-    expected = by_diffusers(child.model, start, mask)
-    assert seen[0].dtype is torch.float32
-    assert float((seen[0] - expected).abs().max()) == 0
+    require_same(seen[0], by_diffusers(child.model, start, mask))
 
 
 def test_a_soft_mask_is_that_of_diffusers_and_keeps_the_image_beyond_it(

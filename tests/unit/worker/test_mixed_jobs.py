@@ -6,9 +6,7 @@
 import hashlib
 import os
 import random
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +24,7 @@ from support.fakes import (
     weights,
     write,
 )
+from support.interruption import time_limit
 from support.jobs import lora_cache, make_child, run_job
 from zlora.errors import (
     EmbeddingMismatch,
@@ -80,10 +79,6 @@ WRONG: Final[tuple[tuple[dict[str, Any], type[ZloraError]], ...]] = (
     ({"sweep": {"clip_skip": [0, 11]}}, InvalidRequest),
     ({"image": {"url": "lora://one"}}, LoraNotAllowed),
 )
-
-
-class Stopped(Exception):
-    """Raised between any two instructions of a job, as by a cancel or a time limit."""
 
 
 @pytest.fixture(scope="module")
@@ -164,22 +159,6 @@ def swept(chance: random.Random, fields: dict[str, Any]) -> dict[str, Any]:
     return fields | {"loras": [one, *fields["loras"][1:]], "sweep": axes}
 
 
-@contextmanager
-def stopping(seconds: float) -> Iterator[None]:
-    """Raise `Stopped` in the block after some seconds of CPU time."""
-
-    def stop(*_: object) -> None:
-        raise Stopped
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
 def digest(model: Pipeline) -> str:
     """Return the SHA-256 of all tensors and of the words of the tokenizers."""
     found = hashlib.sha256()
@@ -203,8 +182,8 @@ def test_the_base_model_is_the_same_after_jobs_that_mix_everything(
     for number in range(JOBS):
         fields = swept(chance, good(chance))
         if number % 8 == 3:
-            # Libraries replace `Stopped` by errors of their own, and a fast job ends before.
-            with suppress(Exception), stopping(chance.uniform(0.001, 0.05)):
+            # Libraries replace `TimeLimit` by errors of their own, and a fast job ends before.
+            with suppress(Exception), time_limit(chance.uniform(0.001, 0.05)):
                 run_job(child, f"job-{number}", parse_request(fields))
         elif number % 8 == 6:
             wrong, kind = chance.choice(WRONG)

@@ -49,6 +49,7 @@ _PUBLISHED: Final = {
 _FEWEST: Final = min(_PUBLISHED.values())  # of any model
 _COMPONENTS: Final = (*DENOISERS, "text_encoder", "text_encoder_2", "vae")
 _VAE_IN_FILE: Final = "first_stage_model."  # prefix of a component that is not in a denoiser's file
+_TEXT_OF_SD2: Final = "cond_stage_model.model."  # prefix; the file may be for 512 or 768 pixels
 
 
 def checks(environ: Mapping[str, str]) -> Iterator[Check]:
@@ -74,7 +75,8 @@ def _settings(name: str, settings: Settings) -> Check:
         webhooks = "not sent, without ZLORA_WEBHOOK_SECRET"
         if config.webhook_secret(settings.home).exists():
             webhooks = "sent by `zlora up` only, which has a secret of its own"
-    told = f"model {settings.model}, queue {settings.queue}, webhooks {webhooks}"
+    models = ", ".join(each.name for each in settings.models) or settings.model
+    told = f"model {models}, queue {settings.queue}, webhooks {webhooks}"
     return ok(name, told)
 
 
@@ -227,8 +229,9 @@ def _host_memory(name: str, settings: Settings) -> Check:
     nbytes = max(size or 0 for size in sizes)
     count = len(settings.models)
     kept = min(count, settings.models_bytes // nbytes)
-    # On a CPU, the base and the place of merged weights.
-    needed = (kept + 2 * _draws_on_cpu(settings)) * nbytes
+    # A base without a copy is read beside the copies. On a CPU, the resident base and the place of
+    # merged weights are in memory, too.
+    needed = (kept + (kept < count) + 2 * _draws_on_cpu(settings)) * nbytes
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     told = f"{needed / _GB:.1f} of {total / _GB:.1f} GB for base models"
     if count:
@@ -258,6 +261,10 @@ def _one_model(name: str, settings: Settings) -> Check:
     model, path = settings.model, Path(settings.model).expanduser()
     if model == "demo":
         return ok(name, "demo, which is part of the package")
+    if os.path.isfile(path) and not settings.model_config and _needs_config(path):
+        told = f"{path} lacks components, or does not say which configuration it needs"
+        advice = "Set ZLORA_MODEL_CONFIG to the folder of a whole model of this kind."
+        return failed(name, ModelUnavailable(told), advice)
     if os.path.isfile(path) or os.path.isfile(path / "model_index.json"):
         return ok(name, f"{path} exists")
     is_file_name = path.suffix in (".safetensors", ".ckpt")
@@ -266,6 +273,16 @@ def _one_model(name: str, settings: Settings) -> Check:
         advice = "Set ZLORA_MODEL to a diffusers folder, a .safetensors file, or a hub id."
         return failed(name, ModelUnavailable(told), advice)
     return _hub_model(name, model, settings.hub_revision)
+
+
+def _needs_config(file: Path) -> bool:
+    """Return whether a worker loads a single file only with ZLORA_MODEL_CONFIG."""
+    try:
+        names = read_header(file).tensors
+    except (NotSafetensors, OSError):  # the loader says what is wrong
+        return False
+    has_all = any(name.startswith(_VAE_IN_FILE) for name in names)
+    return not has_all or any(name.startswith(_TEXT_OF_SD2) for name in names)
 
 
 def _hub_model(name: str, model: str, revision: str | None) -> Check:

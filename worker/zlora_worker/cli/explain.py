@@ -26,7 +26,7 @@ from zlora_worker.cli.local_worker import (
     require_packages,
     step_bar,
 )
-from zlora_worker.cli.replay import recorded_images
+from zlora_worker.cli.replay import DRIFTED, other_base, recorded_images
 from zlora_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -94,12 +94,14 @@ class LoraExplanation(Struct, frozen=True, kw_only=True):
 class Explanation(Struct, frozen=True, kw_only=True):
     """What the LoRAs of an image do; its JSON is the output of `--json`.
 
-    `is_identical` says whether the image as drawn here has the recorded pixels.
+    `is_identical` says whether the image as drawn here has the recorded pixels. `other_base` names
+    both base models if the recorded one had other weights.
     """
 
     source: str
     sheet: str
     is_identical: bool
+    other_base: str | None = None
     loras: tuple[LoraExplanation, ...]
     without_any: Difference
 
@@ -112,7 +114,8 @@ class Explanation(Struct, frozen=True, kw_only=True):
     help="File for the sheet, a PNG.  [default: NAME-explained.png in the current folder]",
 )
 @json_option
-def explain(image: Path, out: Path | None, as_json: bool) -> None:
+@click.pass_context
+def explain(ctx: click.Context, image: Path, out: Path | None, as_json: bool) -> None:
     """Show what each LoRA of an image does.
 
     IMAGE is a file that a worker has drawn, with its metadata. It is drawn again with the same
@@ -120,7 +123,8 @@ def explain(image: Path, out: Path | None, as_json: bool) -> None:
     each, as far as they stay between -4 and 4. One sheet shows these images, and how much each
     differs from the image as drawn.
 
-    Settings, base model and LoRAs are those of `zlora replay`.
+    Settings, base model and LoRAs are those of `zlora replay`. Exit status: 3 if the base model
+    has other weights than the one that drew the image, whose LoRAs may have had another effect.
     """
     require_packages()
     target = _checked_target(out or Path(f"{image.stem}-explained.png"), image)
@@ -154,6 +158,9 @@ def explain(image: Path, out: Path | None, as_json: bool) -> None:
         source=on_one_line(image),
         sheet=on_one_line(target),
         is_identical=drawn.result.images[0].pixels_sha256 == provenance.pixels_sha256,
+        other_base=next(
+            other_base(provenance, drawn.result.model, drawn.result.base_sha256 or ""), None
+        ),
         loras=tuple(
             LoraExplanation(
                 source=without_secrets(spec.file.address),
@@ -178,6 +185,8 @@ def explain(image: Path, out: Path | None, as_json: bool) -> None:
         print_json(explanation)
     else:
         _print(explanation)
+    if explanation.other_base:
+        ctx.exit(DRIFTED)
 
 
 def _checked_target(target: Path, image: Path) -> Path:
@@ -266,7 +275,8 @@ def _sheet(found: Explanation, drawings: dict[Key, Drawing]) -> bytes:
             )
         )
     file = io.BytesIO()
-    draw_sheet(rows, note=_NOTE).save(file, "PNG")
+    note = ". ".join(filter(None, (_NOTE.removesuffix("."), found.other_base)))
+    draw_sheet(rows, note=note).save(file, "PNG")
     return file.getvalue()
 
 
@@ -275,6 +285,8 @@ def _print(found: Explanation) -> None:
     if not found.is_identical:
         as_drawn = "not identical to what was recorded: `zlora replay` says why"
     facts = [("sheet", found.sheet), ("as drawn", as_drawn)]
+    if found.other_base:
+        facts.append(("note", found.other_base))
     for lora in found.loras:
         name, norm = _name(lora), lora.relative_norm or 0
         shown = f"weight {lora.unet_weight:g}, relative norm {norm:.4g}; without it {lora.without}"

@@ -17,7 +17,8 @@ from msgspec import structs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from zlora.broker.uploads import Uploads
-from zlora.errors import InvalidSetting
+from zlora.errors import InvalidSetting, ModelUnavailable
+from zlora.redaction import on_one_line
 from zlora.schema import GenerateRequest, GenerateResult, Phase
 
 from zlora_worker.settings import Settings
@@ -55,9 +56,9 @@ class LocalWorker:
     """Draws images again, or others like them; loads a base model when it is needed."""
 
     def __init__(self, settings: Settings, *, model_named: bool) -> None:
-        """`model_named`: the operator chose the model, and the demo model draws nothing unasked.
+        """Take the settings; `model_named` says that the operator chose the model.
 
-        Raises `InvalidSetting`.
+        Then images of the demo model are drawn by that one too. Raises `InvalidSetting`.
         """
         from zlora_worker.fetch.cache import Cache
         from zlora_worker.lora.memory_cache import LoraMemoryCache
@@ -69,16 +70,30 @@ class LocalWorker:
         self._loaded = ""  # name of that model in the settings
 
     def model_for(self, provenance: "ImageProvenance") -> "Pipeline":
-        """Return the base model that draws this image; raise `ModelUnavailable`."""
+        """Return the base model that draws this image; raise `ModelUnavailable`.
+
+        It is the one of that name in ZLORA_MODELS, or that of ZLORA_MODEL.
+        """
         from zlora_worker.lora.memory_cache import LoraMemoryCache
         from zlora_worker.model import loader
 
-        settings = self._settings
-        if provenance.model == "demo" and not self._model_named:
-            settings = dataclasses.replace(settings, model="demo", models=(), vae="")
-        for chosen in settings.models:
-            if chosen.name == provenance.model:
-                settings = settings.with_model(chosen)
+        settings, name = self._settings, on_one_line(provenance.model)
+        listed = {chosen.name: chosen for chosen in settings.models}
+        if provenance.model in listed:
+            settings = settings.with_model(listed[provenance.model])
+        elif listed:
+            raise ModelUnavailable(
+                f"the image was drawn by `{name}`: no model of ZLORA_MODELS has this name, only "
+                f"{', '.join(listed)}"
+            )
+        elif provenance.model == "demo" and not self._model_named:
+            settings = dataclasses.replace(settings, model="demo", vae="")
+        elif provenance.model != settings.model and not self._model_named:
+            family = f" ({on_one_line(provenance.base)})" if provenance.base else ""
+            raise ModelUnavailable(
+                f"the image was drawn by `{name}`{family}: name this model in ZLORA_MODEL, or in "
+                "ZLORA_MODELS"
+            )
         if self._model is None or self._loaded != settings.model:
             self._model = None  # first: memory may hold only one model
             self._model, self._loaded = loader.load(settings), settings.model

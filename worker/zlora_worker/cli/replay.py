@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from zlora_worker.delivery.progress import Progress as JobProgress
 
-_DRIFTED: Final = 3  # exit status
+DRIFTED: Final = 3  # exit status
 _COLOURS: Final = {"identical": "green", "drifted": "yellow", "impossible": "red"}
 _INDENT: Final = " " * 12
 
@@ -128,9 +128,10 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
 
     IMAGE is a PNG, JPEG or WebP file that a worker has drawn. MANIFEST is a job's `manifest.json`;
     its images are looked for beside it, in `outputs`, and if one is missing, its recorded hash is
-    compared. Contact sheets are left out. The settings are a worker's: the base model is that of
-    ZLORA_MODEL, or the demo model if ZLORA_MODEL is not set and the demo model drew the image.
-    LoRAs come from the cache by their sha256, else from their address.
+    compared. Contact sheets are left out. The settings are a worker's: the base model is the one
+    of the recorded name in ZLORA_MODELS, or that of ZLORA_MODEL. Without both, images of the demo
+    model and of the default of ZLORA_MODEL are drawn, and no others. LoRAs come from the cache by
+    their sha256, else from their address.
 
     An image is identical if all its pixels are drawn again and its file still has them. With --out,
     a comparison shows each image that drifted, the image drawn now, and their amplified difference.
@@ -157,7 +158,7 @@ def replay(ctx: click.Context, paths: tuple[Path, ...], as_json: bool, out: Path
         if len(failed) > 1:
             message += f" (and {len(failed) - 1} more)"
         raise click.ClickException(message)
-    ctx.exit(_DRIFTED if any(one.verdict == "drifted" for one in replays) else 0)
+    ctx.exit(DRIFTED if any(one.verdict == "drifted" for one in replays) else 0)
 
 
 def _redraw(images: Sequence[RecordedImage], out: Path | None) -> Iterator[Replay]:
@@ -301,7 +302,7 @@ class Replayer:
             drawn = self._worker.draw(image.request, provenance, progress)
         except (LoraError, GenerationFailed, InvalidRequest, OutOfMemory) as error:
             causes = [f"{error} [{error.code}]"]
-            causes += _other_base(provenance, model.name, model.base_sha256)
+            causes += other_base(provenance, model.name, model.base_sha256)
             failed = _outcome(image, verdict="impossible", causes=causes, code=error.code)
             return Redrawn(failed, None, None, image.pixels())
         return _compare(image, drawn.files[image.place], drawn.result)
@@ -391,7 +392,7 @@ def _difference(one: "Image.Image | None", other: "Image.Image") -> tuple[float 
 
 def _differences(recorded: ImageProvenance, present: ImageProvenance) -> Iterator[str]:
     """Yield a sentence for each recorded condition that has another value now."""
-    yield from _other_base(recorded, present.model, present.base_sha256)
+    yield from other_base(recorded, present.model, present.base_sha256)
     if any(spec.is_used and spec.file.sha256 is None for spec in recorded.request.loras):
         yield "a LoRA's file is not recorded, only its address"
     for name in ("scheduler", "device", "dtype", "threads", "compile", "batch_size"):
@@ -406,7 +407,8 @@ def _differences(recorded: ImageProvenance, present: ImageProvenance) -> Iterato
         yield "the image is decoded in tiles now, for lack of memory"
 
 
-def _other_base(recorded: ImageProvenance, name: str, sha256: str) -> Iterator[str]:
+def other_base(recorded: ImageProvenance, name: str, sha256: str) -> Iterator[str]:
+    """Yield which base models drew an image and draw it now, if their weights differ."""
     if recorded.base_sha256 != sha256:
         old = f"{_value(recorded.model)} ({_value(recorded.base_sha256[:_DIGITS])})"
         yield f"the base model differs: {old} -> {name} ({sha256[:_DIGITS]})"

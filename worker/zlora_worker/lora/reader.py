@@ -97,8 +97,13 @@ class Lora:
     nbytes: int  # of all tensors in memory
 
     def unmatched_counts(self) -> dict[str, int]:
-        """Count the unmatched tensors by the component in their name."""
-        return dict(Counter(map(key_names.component_of, self.unmatched)))
+        """Count the unmatched tensors by the component in their name.
+
+        Denoisers share prefixes: the one meant is that of which the file has other modules.
+        """
+        own = next((name for name in key_names.DENOISERS if name in self.modules), None)
+        named = map(key_names.component_of, self.unmatched)
+        return dict(Counter(own if own and name in key_names.DENOISERS else name for name in named))
 
 
 class _Refusal(Exception):
@@ -204,7 +209,7 @@ class Reader:
                 slot = self._weights.slots.get((*module, leaf))
                 if slot is None and parsed.bias_part == "up_bias":  # half of a LoRA is none
                     raise _Refusal(
-                        f"{'.'.join(module)} has a LoRA with a bias (`lora_bias`), "
+                        f"{module[0]}.{places[module].name} has a LoRA with a bias (`lora_bias`), "
                         "the base model's layer has no bias"
                     )
                 if slot is None:
@@ -328,7 +333,7 @@ class Reader:
     def _detect_base_model(self, header: Header) -> str:
         """Return the base model of the file in words, for a message; empty if it is not known.
 
-        For example `made for SD 1.x: cross-attention width 768, the worker's base model has 2048`.
+        For example `made for SD 1.x: cross-attention width 768, the base model has 2048`.
         """
         own = self._text_width
         width = base_model.text_width(header.tensors)
@@ -337,7 +342,7 @@ class Reader:
             family = base_model.WIDTHS.get(width, "another model")
             clause = f"made for {family}: cross-attention width {width}"
             if own:
-                return f"{clause}, the worker's base model has {own}"
+                return f"{clause}, the base model has {own}"
             origin = DetectedBase(family, clause)
         origin = (
             origin
@@ -351,7 +356,7 @@ class Reader:
             return ""
         if self._family in (None, origin.family):
             return origin.clause
-        return f"{origin.clause}; the worker's base model is {self._family}"
+        return f"{origin.clause}; the base model is {self._family}"
 
     def _require_effect(self, lora: Lora) -> None:
         """Raise `_Refusal` if all deltas are zero, as in a file of a training that never began."""

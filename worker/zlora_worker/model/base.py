@@ -46,7 +46,7 @@ class BaseModel:
         the digest is not computed again.
         """
         self.name, self.family = name, family
-        self.file_sha256: str | None = None  # of the file that all weights come from, if it is one
+        self.file_sha256: str | None = None  # of the single file, also if not all weights are there
         self.scheduler = pipeline.scheduler
         self.options = {  # of diffusers' pipeline
             key: value

@@ -1,6 +1,7 @@
 """The base models that requests may name: one is resident, copies of others are in host memory."""
 
 import _thread
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,15 +19,16 @@ from zlora_worker.settings import Settings
 
 _LOOK: Final = 0.05  # seconds between two looks at a base that is read
 
+logger = logging.getLogger(__name__)
+
 Load = Callable[[], BaseModel]  # reads a base into host memory
 
 
 class BaseModels:
     """Base models of one layout by name, the default first.
 
-    Copies in host memory have `max_bytes` together; the least recently used one goes first. A base
-    without a copy is read from disk; while it is, and if it is larger than the bound, its copy is
-    beyond the bound until it is in the place of the resident base.
+    Copies have at most `max_bytes` together; the least recently used one goes first. A base that is
+    read from disk is in memory beside them until its bytes are copied, even if it never fits.
     """
 
     def __init__(self, model: Pipeline, loads: Mapping[str, Load], *, max_bytes: int) -> None:
@@ -66,43 +68,47 @@ class BaseModels:
         # In place, the copy is also the pristine one: it would be in memory twice.
         if (first := self._copies.get(self._model.name)) is not None:
             self._model.change_to(first)
+        logger.info("base models in host memory: %s", ", ".join(self._copies) or "none")
 
     def make_resident(
         self, name: str, *, waiting: Callable[[], None]
     ) -> Literal["memory", "disk"] | None:
         """Change to the base of this name; return where it was found, None if it was resident.
 
-        `waiting` is called while it is read from disk, and may raise. Raises `ModelUnavailable`
+        `waiting` is called while a base is read from disk, and may raise. Raises `ModelUnavailable`
         with the resident base unchanged, and `BaseNotRestored`.
         """
-        self._finish_reading(waiting)
+        read = self._finish_reading(waiting)  # for a job that was interrupted
         if not self._model.is_ready():
             raise BaseNotRestored
         if name == self._model.name:
             return None
-        tier: Literal["memory", "disk"] = "memory"
-        if (base := self._copies.get(name)) is None:
-            tier = "disk"
-            self._make_room()
-            reading = _Reading(name, self._loads[name])
-            _thread.start_new_thread(reading.run, (self._begin,))
-            self._reading = reading
-            base = self._finish_reading(waiting)
-            assert base is not None  # noqa: S101 - it is that of `reading`
-        else:
-            self._copies.move_to_end(name)
-        self._model.change_to(base)
-        return tier
+        if read is None or read.name != name:
+            if (copy := self._copies.get(name)) is not None:
+                self._copies.move_to_end(name)
+                self._model.change_to(copy)
+                return "memory"
+            read = _Reading(name, self._loads[name])
+            _thread.start_new_thread(read.run, (self._begin,))
+            self._reading = read
+            self._finish_reading(waiting)
+        if read.base is None:
+            if isinstance(read.error, ZloraError):
+                raise read.error
+            raise ModelUnavailable(
+                f"{name} cannot be loaded: {type(read.error).__name__}: {said_by(read.error)}"
+            ) from read.error
+        self._model.change_to(read.base)
+        return "disk"
 
     def _begin(self, reading: "_Reading") -> None:
         """Remember what is read (in its thread), even if a signal interrupts who has started it."""
         self._reading = reading
 
-    def _finish_reading(self, waiting: Callable[[], None]) -> BaseModel | None:
-        """Wait for the base that is read, if any; keep it if it fits.
+    def _finish_reading(self, waiting: Callable[[], None]) -> "_Reading | None":
+        """Wait for the base that is read, if any; keep its copy if the bound allows one.
 
-        Nothing is drawn meanwhile: the threads of the reader would slow it down, and the bound of
-        host memory would not hold. Raises the error of the reader.
+        Nothing is drawn meanwhile: the threads of the reader would slow it down.
         """
         if (reading := self._reading) is None:
             return None
@@ -112,21 +118,12 @@ class BaseModels:
         torch.set_num_threads(reading.torch_threads)  # the reader may have changed it for all
         self._reading = None
         if reading.base is None:
-            if isinstance(reading.error, ZloraError):
-                raise reading.error
-            raise ModelUnavailable(
-                f"{reading.name} cannot be loaded: {type(reading.error).__name__}: "
-                f"{said_by(reading.error)}"
-            ) from reading.error
-        if self.nbytes + reading.base.nbytes <= self._max_bytes:
+            logger.warning("base model %s cannot be loaded: %s", reading.name, reading.error)
+        elif (needed := reading.base.nbytes) <= self._max_bytes:
+            while self.nbytes + needed > self._max_bytes:
+                self._copies.popitem(last=False)
             self._copies[reading.name] = reading.base
-        return reading.base
-
-    def _make_room(self) -> None:
-        """Drop the least recently used copies until one more fits, unless it never does."""
-        needed = self._model.resident.nbytes
-        while needed <= self._max_bytes < self.nbytes + needed:
-            self._copies.popitem(last=False)
+        return reading
 
 
 class _Reading:

@@ -1,6 +1,7 @@
 """Loading of the base model: a hub id, a diffusers folder, a single file, or `demo`."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -11,13 +12,16 @@ from typing import Any, Final, Self
 import torch
 import transformers
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 from zlora.errors import ModelUnavailable, NotSafetensors
 from zlora.lora import base_model
+from zlora.lora.key_names import FACTORS, other_file, parse_key
 from zlora.lora.safetensors_header import read_header
+from zlora.schedulers import of_class
 
 from zlora_worker.model.base import BaseModel
 from zlora_worker.model.digests import FileDigest, ModelDigests
@@ -43,10 +47,14 @@ _LOAD_ERRORS: Final = (
     OSError,
     RuntimeError,
     SafetensorError,
+    SingleFileComponentError,
     TypeError,
     ValueError,
 )
 _MESSAGE: Final = 300  # characters of a library's error that are shown
+_FOLDERS: Final = re.compile(r"(?<![\w:/])(?:/[^/\s]+)+/")  # of an absolute path, not of an address
+
+logger = logging.getLogger(__name__)
 
 
 def load(settings: Settings) -> Pipeline:
@@ -76,17 +84,26 @@ def load_copy(settings: Settings, resident: BaseModel) -> BaseModel:
     Raises `ModelUnavailable` as `load` does, and with both names if it cannot be copied there.
     """
     device = resident.weights.device
-    with _Loading(settings, device) as loading:
-        base = BaseModel(
-            loading.pipeline,
-            family=loading.family,
-            name=loading.name,
-            device=torch.device("cpu"),
-            known=loading.known.base,
-            is_pinned=device.type == "cuda",
-        )
-        resident.accept(base)
-        loading.finish(base)
+    try:
+        with _Loading(settings, device) as loading:
+            base = BaseModel(
+                loading.pipeline,
+                family=loading.family,
+                name=loading.name,
+                device=torch.device("cpu"),
+                known=loading.known.base,
+                is_pinned=device.type == "cuda",
+            )
+            resident.accept(base)
+            loading.finish(base)
+    except ModelUnavailable as error:
+        # The client of a job has no use for paths of this machine, and the operator needs them.
+        name, message = settings.models[0].name, str(error)
+        logger.warning("base model %s: %s", name, message)
+        path = str(Path(settings.model).expanduser())
+        if os.path.isabs(path):
+            message = message.replace(path, name)
+        raise ModelUnavailable(_FOLDERS.sub("", message)) from None
     return base
 
 
@@ -144,9 +161,15 @@ def _read(settings: Settings, path: Path, dtype: torch.dtype | None) -> tuple[Fa
     try:
         family, pipeline = _load_pipeline(settings, path, dtype)
         if settings.vae:
+            expected = pipeline.vae.config.latent_channels
             pipeline.vae = AutoencoderKL.from_pretrained(
                 settings.vae, dtype=pipeline.vae.dtype, use_safetensors=True
             )
+            if (channels := pipeline.vae.config.latent_channels) != expected:
+                raise ModelUnavailable(
+                    f"{settings.vae} is a VAE for latents of {channels} channels; those of the "
+                    f"base model have {expected}"
+                )
             _require_whole(pipeline, family, settings.vae)
         else:
             pipeline.vae.register_to_config(force_upcast=family.upcasts_vae)
@@ -257,7 +280,7 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype | None) -> tup
     if family.denoiser_class is not None:
         return family, _from_denoiser_file(path, config, family, dtype)
     if config:
-        folder = vocabulary = Path(config).expanduser()
+        folder = vocabulary = _config_folder(path, config, family)
     elif family.config is None:
         raise ModelUnavailable(
             f"{path} does not say which configuration of {family.name} it needs: name the folder "
@@ -286,9 +309,7 @@ def _from_denoiser_file(path: Path, config: str, family: Family, dtype: torch.dt
             f"{path} is a {family.denoiser} of {family.name}: name the folder with {others} and "
             "the configuration in ZLORA_MODEL_CONFIG"
         )
-    folder = Path(config).expanduser()
-    if _family_of_folder(folder) is not family:
-        raise ModelUnavailable(f"{path} is of {family.name}, and ZLORA_MODEL_CONFIG is not")
+    folder = _config_folder(path, config, family)
     for name in family.text_encoders.values():
         _require_vocabulary(folder / name)
     denoiser = family.denoiser_class.from_single_file(
@@ -305,6 +326,16 @@ def _from_denoiser_file(path: Path, config: str, family: Family, dtype: torch.dt
     _require_whole(pipeline, family, str(path))
     _require_text_weights(folder, pipeline, family)
     return pipeline
+
+
+def _config_folder(path: Path, config: str, family: Family) -> Path:
+    """Return the folder of a single file's configuration; raise `ModelUnavailable` for another."""
+    folder = Path(config).expanduser()
+    if (found := _family_of_folder(folder)) is not family:
+        raise ModelUnavailable(
+            f"{path} is of {family.name}, and the folder of ZLORA_MODEL_CONFIG of {found.name}"
+        )
+    return folder
 
 
 def _set_prediction(pipeline: Any, tensors: Collection[str]) -> None:
@@ -350,6 +381,16 @@ def _require_whole(pipeline: Any, family: Family, name: str) -> None:
     for tokenizer in family.text_encoders.values():
         if family.chat_tokens and not getattr(pipeline, tokenizer).chat_template:
             raise ModelUnavailable(f"{name}: its {tokenizer} has no chat template")
+    own = pipeline.scheduler
+    known = of_class(type(own).__name__, own.config)
+    # diffusers' pipelines of such a family give it no generator.
+    if family.schedulers and (
+        known not in family.schedulers or own.config.get("stochastic_sampling")
+    ):
+        raise ModelUnavailable(
+            f"{name}: its scheduler is a {type(own).__name__}; {family.name} is drawn with "
+            f"{', '.join(family.schedulers)} only, and without `stochastic_sampling`"
+        )
     if denoiser.in_channels != pipeline.vae.config.latent_channels:
         raise ModelUnavailable(
             f"{name}: its {family.denoiser} reads {denoiser.in_channels} channels, its latents "
@@ -382,7 +423,7 @@ def _require_text_weights(folder: Path, pipeline: Any, family: Family) -> None:
 def _family_of_file(path: Path) -> tuple[Family, Collection[str]]:
     """Return the family of a checkpoint, and its tensor names; raise `ModelUnavailable`.
 
-    For a file that is none diffusers would raise a long error, or none.
+    diffusers raises a long error, or none, for a file that is not a checkpoint.
     """
     try:
         tensors = read_header(path).tensors
@@ -396,8 +437,13 @@ def _family_of_file(path: Path) -> tuple[Family, Collection[str]]:
     for family, components in missing.items():
         if not components:
             return family, tensors
-    if any("lora" in name for name in tensors):
+    factors = frozenset[str]().union(*FACTORS.values())
+    if any((key := parse_key(name)) and key.part in factors for name in tensors):
         raise ModelUnavailable(f"{path} is a LoRA, not a checkpoint")
+    if all(len(lacking) == len(family.markers) for family, lacking in missing.items()):
+        kind = other_file(tensors) or "no checkpoint"
+        known = ", ".join(family.name for family in _FAMILIES)
+        raise ModelUnavailable(f"{path} is {kind}: expected a checkpoint of one of {known}")
     nearest = min(missing, key=lambda family: len(missing[family]) / len(family.markers))
     lacks = ", ".join(missing[nearest])
     raise ModelUnavailable(f"{path} is not a checkpoint of {nearest.name}: it lacks {lacks}")

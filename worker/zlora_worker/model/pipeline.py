@@ -272,7 +272,7 @@ class Pipeline:
     def require_honoured(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` for a field that this base model cannot honour.
 
-        Also for a block that the UNet has not. Schedulers are checked by `scheduler_name`.
+        So is a name in `blocks` that the UNet lacks. Schedulers are checked by `scheduler_name`.
         """
         require_honoured(self.with_defaults(request), self._family.limits, base=self.family)
         for index, spec in enumerate(request.loras):
@@ -308,7 +308,7 @@ class Pipeline:
 
     @property
     def file_sha256(self) -> str | None:
-        """Sha256 of the file that all weights come from, if it is one."""
+        """Sha256 of the single file that the base was loaded from, if any, without a VAE beside."""
         return self.base.file_sha256
 
     @property
@@ -381,7 +381,7 @@ class Pipeline:
         second, upscale = request.second_pass, request.upscale
         if second is None or upscale is None:
             return _pictures(self._pass(request, seeds, on_step, text=text, start=start))
-        width, height = upscale.size(*self.size(request))
+        width, height = upscale.size(*self.size(request), step=self.limits.side_step)
         enlarged: Any
         if upscale.mode == "latent":
             latents = self._pass(

@@ -465,6 +465,25 @@ def test_a_disk_without_room_for_loras_fails(environ: dict[str, str]) -> None:
     assert found["LoRA cache"].code == "cache_full"
 
 
+def test_a_single_file_that_needs_a_configuration_is_refused_without(
+    environ: dict[str, str], model_home: Path, tmp_path: Path
+) -> None:
+    home = tiny_zimage(model_home)
+    file = str(write_original(home, tmp_path / "tiny.safetensors"))
+
+    alone = worker(environ, ZLORA_MODEL=file)["model"]
+
+    assert (alone.status, "ZLORA_MODEL_CONFIG" in alone.advice) == ("fail", True)
+    whole = worker(environ, ZLORA_MODEL=file, ZLORA_MODEL_CONFIG=str(home))
+    assert whole["model"].status == "ok"
+
+
+def test_all_models_of_a_list_are_named(environ: dict[str, str]) -> None:
+    found = worker(environ | {"ZLORA_MODEL": ""}, ZLORA_MODELS="first=demo,second=demo")
+
+    assert "model first, second," in found["settings"].told
+
+
 @pytest.mark.parametrize("model", ["owner/sd.xl-1.0", "owner", "owner/x.safetensors"])
 def test_a_model_of_the_hub_must_be_cached_if_the_hub_is_offline(
     environ: dict[str, str], model: str
@@ -529,12 +548,18 @@ def test_memory_is_counted_by_single_files(
 
 
 @pytest.mark.parametrize(
-    ("room", "status", "words"),
-    [(3, "ok", "copies of 3 of 3"), (2, "warn", "copies of 2 of 3"), (0, "warn", "of 0 of 3")],
+    ("room", "status"),
+    [(3, "ok"), (2, "warn"), (0, "warn")],
 )
 def test_the_memory_of_several_base_models_is_compared_with_their_bound(
-    environ: dict[str, str], model_home: Path, room: int, status: str, words: str
+    environ: dict[str, str],
+    model_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    status: str,
 ) -> None:
+    """A base without a copy is read beside the copies, and two are what draws on a CPU."""
+    monkeypatch.setattr(zlora_worker.cli.doctor, "_GB", 10**6)
     nbytes = load_pipeline(model_home).resident.nbytes
     models = ",".join(f"{name}={tiny_model(model_home)}" for name in "abc")
 
@@ -544,7 +569,9 @@ def test_the_memory_of_several_base_models_is_compared_with_their_bound(
         ZLORA_MODELS_BYTES=str(int((room + 0.5) * nbytes)),
     )["host memory"]
 
-    assert (found.status, words in found.told) == (status, True)
+    assert (found.status, f"copies of {room} of 3" in found.told) == (status, True)
+    megabytes = (min(room + 1, 3) + 2) * nbytes / 10**6
+    assert float(found.told.partition(" ")[0]) == pytest.approx(megabytes, rel=0.01, abs=0.1)
     if status == "warn":
         assert "Set ZLORA_MODELS_BYTES to" in found.advice
 

@@ -78,6 +78,16 @@ def test_the_screen_says_where_the_page_is(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("handlers")
+def test_several_models_are_printed_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example is for the first one, which a request without `model` has."""
+    models = "drawn=demo, photo=/models/photo.safetensors"
+    result = run(monkeypatch, FakeStack, ZLORA_MODEL="", ZLORA_MODELS=models)
+
+    assert "model   drawn, photo, loading\n" in result.stdout
+    assert "demo://anime-style" in result.stdout
+
+
+@pytest.mark.usefixtures("handlers")
 def test_without_a_model_that_of_the_worker_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     default = Settings.from_env({}).model
     result = run(monkeypatch, FakeStack, ZLORA_MODEL=None, ZLORA_STORE="s3://key:a-secret@b/c")

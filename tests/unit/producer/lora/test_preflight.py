@@ -155,6 +155,22 @@ def test_inspect_describes_a_lora_by_its_header(knows_ranges: bool) -> None:
 # --- how little is read
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_the_command_describes_a_file_on_this_machine(tmp_path: Path, scheme: str) -> None:
+    file = tmp_path / "a LoRA.safetensors"
+    file.write_bytes(save(kohya_lora()))
+
+    address = file.as_uri() if scheme else str(file)
+    found = CliRunner().invoke(main, ["inspect", address, "--json"])
+    file.write_text("<html>")
+    refused = CliRunner().invoke(main, ["inspect", address])
+
+    document = json.loads(found.stdout)
+    assert (document["source"], document["format"]) == (str(file), "kohya")
+    assert f"{file}: " in refused.stderr
+    assert "[not_safetensors]" in refused.stderr
+
+
 @pytest.mark.parametrize("knows_ranges", [True, False])
 def test_only_the_beginning_of_a_large_file_is_read(knows_ranges: bool) -> None:
     body = lora_bytes(size=50_000_000)

@@ -33,6 +33,7 @@ def machine(
     made = settings(model_home, **variables)
     monkeypatch.setattr(loader, "load", lambda _settings: model)
     monkeypatch.setattr(Settings, "from_env", lambda *_: made)
+    monkeypatch.setenv("ZLORA_MODEL", made.model)
     monkeypatch.chdir(tmp_path)
     return made
 
@@ -132,6 +133,25 @@ def test_the_output_for_people_has_the_numbers(draw: Any, tmp_path: Path) -> Non
         "x 1: 0.0",
     ):
         assert words in result.stdout
+
+
+def test_another_base_is_named(
+    draw: Any, tmp_path: Path, model_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the output and by the exit status: its numbers are those of another model."""
+    path = draw(job(tmp_path, {}))
+    other = load_pipeline(model_home)
+    other.resident.base_sha256 = "0" * 64
+    monkeypatch.setattr(loader, "load", lambda _settings: other)
+
+    result, as_json = explained(path), explained(path, "--json")
+
+    words = "the base model differs: tiny-sdxl ("
+    assert (result.exit_code, as_json.exit_code) == (3, 3)
+    assert words in result.stdout
+    found = json.loads(as_json.stdout)["other_base"]
+    assert found.startswith(words)
+    assert found.endswith(f" -> tiny-sdxl ({'0' * 12})")
 
 
 @pytest.mark.parametrize("loras", [(), ({"weight": 0},)])

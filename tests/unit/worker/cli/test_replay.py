@@ -40,6 +40,7 @@ from zlora_worker import generate
 from zlora_worker.cli.replay import RecordedImage, Redrawn, Replay, Replayer, recorded_images
 from zlora_worker.model import loader
 from zlora_worker.model.pipeline import Pipeline
+from zlora_worker.setting_parsers import NamedModel
 from zlora_worker.settings import Settings
 
 LOSSLESS: list[dict[str, Any]] = [
@@ -489,16 +490,11 @@ def test_a_file_of_another_mode_is_edited_if_its_pixels_differ(
 # --- which base model
 
 
-@pytest.mark.parametrize(("named", "loaded"), [(False, "demo"), (True, "some/base")])
+@pytest.mark.parametrize("named", [False, True])
 def test_the_demo_model_draws_its_own_images_unless_a_model_is_named(
-    draw: DrawJob,
-    monkeypatch: pytest.MonkeyPatch,
-    machine: Settings,
-    *,
-    named: bool,
-    loaded: str,
+    draw: DrawJob, monkeypatch: pytest.MonkeyPatch, machine: Settings, *, named: bool
 ) -> None:
-    """No other model is loaded by its name in a file: the base model is the operator's choice."""
+    """No other model is loaded by its name in a file, and none that nobody named."""
     loads = list[tuple[str, str]]()
 
     def load(settings: Settings) -> Pipeline:
@@ -507,16 +503,39 @@ def test_the_demo_model_draws_its_own_images_unless_a_model_is_named(
 
     paths = [
         rewritten(*draw(), model="demo"),
-        rewritten(*draw(job_id="other"), model="other/base"),
+        rewritten(*draw(job_id="other"), model="other/base", base="SD 1.x"),
     ]
     monkeypatch.setattr(loader, "load", load)
     chosen = dataclasses.replace(machine, model="some/base", vae="a-vae")
     replayer = Replayer(chosen, model_named=named)
     for path in paths:
-        with pytest.raises(ModelUnavailable):
+        with pytest.raises(ModelUnavailable) as error:
             replayer.replay(recorded_images(path)[0], Watcher())
 
-    assert loads == [(loaded, "a-vae" if named else ""), ("some/base", "a-vae")]
+    assert loads == ([("some/base", "a-vae")] * 2 if named else [("demo", "")])
+    if not named:
+        assert "drawn by `other/base` (SD 1.x): name this model in ZLORA_MODEL" in str(error.value)
+
+
+def test_a_base_of_a_list_is_found_by_its_name_or_refused(
+    draw: DrawJob, monkeypatch: pytest.MonkeyPatch, machine: Settings
+) -> None:
+    loads = list[str]()
+
+    def load(settings: Settings) -> Pipeline:
+        loads.append(settings.models[0].name)
+        raise ModelUnavailable
+
+    monkeypatch.setattr(loader, "load", load)
+    models = (NamedModel("first", "a/b", ""), NamedModel("second", "c/d", ""))
+    replayer = Replayer(dataclasses.replace(machine, models=models), model_named=True)
+    for name in ("second", "third"):
+        path = rewritten(*draw(), model=name)
+        with pytest.raises(ModelUnavailable) as error:
+            replayer.replay(recorded_images(path)[0], Watcher())
+
+    assert loads == ["second"]
+    assert "drawn by `third`: no model of ZLORA_MODELS has this name" in str(error.value)
 
 
 # --- files that are refused before anything is drawn

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 from support import lora_files
-from support.fakes import TEXT, UNET, Tensors, kohya_lora, peft_lora, write
+from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_pipeline, peft_lora, write
 from support.lora_files import State, merged_by_hand, require_equal, require_unchanged, snapshot
+from support.tiny_folder import tiny_zimage
 from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors, ZloraError
 from zlora_worker.lora.merge import WeightedLora
@@ -741,3 +742,35 @@ def test_tensors_at_unaligned_addresses_are_read(model: Pipeline, tmp_path: Path
     lora = read(model, tmp_path / "a")
 
     require_equal(merged(model, lora), snapshot(model), changed(model, aligned))
+
+
+# --- names of Z-Image in messages
+
+
+def test_tensors_of_a_denoiser_are_counted_as_those_of_the_base(
+    model_home: Path, tmp_path: Path
+) -> None:
+    """kohya writes the prefix of a UNet for a transformer, too."""
+    z_image = load_pipeline(model_home, ZLORA_MODEL=str(tiny_zimage(model_home)))
+    tensors = lora_of("lora_unet_layers_0_attention_qkv", 288, 96)
+    beyond = lora_of("lora_unet_layers_70_attention_qkv", 288, 96)
+
+    found = read(z_image, write(tmp_path / "a", tensors | beyond))
+
+    assert found.modules == {"transformer": 3}
+    assert found.unmatched_counts() == {"transformer": len(beyond)}
+
+
+def test_a_bias_of_a_fused_layer_is_refused_by_the_name_in_the_file(
+    model_home: Path, tmp_path: Path
+) -> None:
+    z_image = load_pipeline(model_home, ZLORA_MODEL=str(tiny_zimage(model_home)))
+    name = "transformer.layers.0.attention.qkv"
+    tensors = {
+        f"{name}.lora_A.weight": torch.ones(4, 96),
+        f"{name}.lora_B.weight": torch.ones(288, 4),
+        f"{name}.lora_B.bias": torch.ones(288),
+    }
+
+    with pytest.raises(LoraMismatch, match=r"layers\.0\.attention\.qkv has a LoRA with a bias"):
+        read(z_image, write(tmp_path / "a", tensors))

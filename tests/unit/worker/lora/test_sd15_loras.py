@@ -38,8 +38,8 @@ WEIGHT: Final = 0.6
 
 
 @pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home, ZLORA_MODEL=str(tiny_sd15(model_home)))
+def base_family() -> str:
+    return "SD 1.x"
 
 
 @pytest.fixture(scope="module")

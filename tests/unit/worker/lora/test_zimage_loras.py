@@ -29,8 +29,8 @@ BEYOND_DIFFUSERS: Final = (
 
 
 @pytest.fixture(scope="module")
-def model(model_home: Path) -> Pipeline:
-    return load_pipeline(model_home, ZLORA_MODEL=str(tiny_zimage(model_home)))
+def base_family() -> str:
+    return "Z-Image"
 
 
 @pytest.fixture(scope="module")

@@ -338,6 +338,26 @@ def test_a_configuration_of_another_family_is_refused(
 ) -> None:
     sdxl = write_single_file(tiny_model(model_home), tmp_path / "sdxl.safetensors")
 
-    for single, config in ((file, tiny_model(model_home)), (sdxl, tiny_sd15(model_home))):
+    for single, config, own, other in (
+        (file, tiny_model(model_home), "SD 1.x", "SDXL"),
+        (file, tiny_zimage(model_home), "SD 1.x", "Z-Image"),
+        (sdxl, tiny_sd15(model_home), "SDXL", "SD 1.x"),
+    ):
         message = refusal(model_home, ZLORA_MODEL=str(single), ZLORA_MODEL_CONFIG=str(config))
-        assert message.startswith(str(single))
+        assert message == f"{single} is of {own}, and the folder of ZLORA_MODEL_CONFIG of {other}"
+
+
+def test_a_configuration_with_a_component_that_no_file_has_is_refused(
+    model_home: Path, folder: Path, file: Path, tmp_path: Path
+) -> None:
+    config = Path(shutil.copytree(folder, tmp_path / "config"))
+    index = json.loads((config / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "Qwen3Model"]
+    (config / "model_index.json").write_text(json.dumps(index))
+    shutil.copytree(
+        tiny_zimage(model_home) / "text_encoder", config / "text_encoder", dirs_exist_ok=True
+    )
+
+    message = refusal(model_home, ZLORA_MODEL=str(file), ZLORA_MODEL_CONFIG=str(config))
+
+    assert message.startswith(f"{file} cannot be loaded: ")

@@ -20,7 +20,7 @@ from diffusers import (
 from PIL import Image
 from support import tiny_sd
 from support.embedding_files import sdxl, write_embedding
-from support.fakes import a_request, difference, load_pipeline, pixels
+from support.fakes import a_request, difference, load_pipeline, pixels, require_same
 from support.image_files import half_mask, picture
 from support.tiny_folder import tiny_sd15
 from torch import Tensor
@@ -29,7 +29,6 @@ from transformers import CLIPTextModel
 from zlora.errors import BaseNotRestored, EmbeddingMismatch, InvalidRequest
 from zlora.prompt_syntax import Fragment, parse
 from zlora.schema import Asset, Upscale
-from zlora_worker.model import pipeline
 from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.model.schedulers import scheduler_for
 from zlora_worker.model.starting_image import StartingImage
@@ -37,7 +36,6 @@ from zlora_worker.model.starting_image import StartingImage
 CITY: Final = "a city at night"
 LONG: Final = "photography, " * 100  # 200 tokens, three windows
 FILE: Final = Asset(url="https://files.invalid/a.png")  # its bytes are given to `draw`
-Seen = list[Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +55,6 @@ def unchanged(sd15: Pipeline) -> Iterator[None]:
     """Require after each test that all bits of the model are those of its start."""
     yield
     sd15.check()
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    """Return the drawn images before they are rounded to bytes."""
-    found, convert = Seen(), pipeline.rgb
-
-    def seen_and_converted(image: Tensor) -> Tensor:
-        found.append(image)
-        return convert(image)
-
-    monkeypatch.setattr(pipeline, "rgb", seen_and_converted)
-    return found
 
 
 @pytest.fixture
@@ -120,12 +105,6 @@ def by_diffusers(model: Pipeline, *, start: StartingImage | None = None, **field
     return image
 
 
-def require_same(seen: Seen, expected: Tensor) -> None:
-    assert seen[-1].dtype is torch.float32
-    assert float((seen[-1] - expected).abs().max()) == 0
-    assert len(set(seen[-1].flatten().tolist())) > 100
-
-
 # --- what is drawn
 
 
@@ -151,17 +130,17 @@ def require_same(seen: Seen, expected: Tensor) -> None:
     ids=str,
 )
 def test_an_image_is_that_of_diffusers(
-    sd15: Pipeline, seen: Seen, text_model: None, fields: dict[str, Any]
+    sd15: Pipeline, seen: list[Tensor], text_model: None, fields: dict[str, Any]
 ) -> None:
     draw(sd15, **fields)
 
-    require_same(seen, by_diffusers(sd15, **fields))
+    require_same(seen[-1], by_diffusers(sd15, **fields))
 
 
 @pytest.mark.parametrize("scheduler", [None, "euler_ancestral", "heun"])
 @pytest.mark.parametrize("mask", [None, half_mask()], ids=["image", "mask"])
 def test_an_image_from_an_image_is_that_of_diffusers(
-    sd15: Pipeline, seen: Seen, scheduler: str | None, mask: Image.Image | None
+    sd15: Pipeline, seen: list[Tensor], scheduler: str | None, mask: Image.Image | None
 ) -> None:
     start = StartingImage(picture(), mask)
     fields: dict[str, Any] = {"image": FILE, "strength": 0.6, "num_inference_steps": 4}
@@ -173,12 +152,12 @@ def test_an_image_from_an_image_is_that_of_diffusers(
 
     draw(sd15, start=start, **fields, width=width, height=height)
 
-    require_same(seen, by_diffusers(sd15, start=start, **fields))
+    require_same(seen[-1], by_diffusers(sd15, start=start, **fields))
 
 
 @pytest.mark.parametrize("mode", ["image", "latent"])
 def test_a_second_pass_is_that_of_diffusers(
-    sd15: Pipeline, seen: Seen, monkeypatch: pytest.MonkeyPatch, mode: Any
+    sd15: Pipeline, seen: list[Tensor], monkeypatch: pytest.MonkeyPatch, mode: Any
 ) -> None:
     """The first pass is a job of one pass, whose image or latents are enlarged."""
     upscale = Upscale(factor=1.5, strength=0.5, mode=mode)
@@ -196,7 +175,7 @@ def test_a_second_pass_is_that_of_diffusers(
     draw(sd15, **fields, upscale=upscale)
 
     second = {"image": FILE, "strength": 0.5, "num_inference_steps": 4}
-    require_same(seen, by_diffusers(sd15, start=start, **second))
+    require_same(seen[-1], by_diffusers(sd15, start=start, **second))
 
 
 def test_images_of_a_batch_are_those_of_their_seeds(sd15: Pipeline) -> None:
@@ -420,13 +399,13 @@ def test_a_preview_has_the_size_of_the_latents(sd15: Pipeline, scheduler: str | 
     ids=str,
 )
 def test_a_model_of_velocity_prediction_draws_as_diffusers_does(
-    sd21: Pipeline, seen: Seen, fields: dict[str, Any]
+    sd21: Pipeline, seen: list[Tensor], fields: dict[str, Any]
 ) -> None:
     fields = {"num_inference_steps": 4} | fields
 
     draw(sd21, **fields)
 
-    require_same(seen, by_diffusers(sd21, **fields))
+    require_same(seen[-1], by_diffusers(sd21, **fields))
     assert sd21.family == "SD 2.x"
     assert sd21.pipeline.scheduler.config.prediction_type == "v_prediction"
 
