@@ -1417,7 +1417,7 @@ export interface components {
          * @description A second pass, which starts from the enlarged image (hires fix).
          */
         Upscale: {
-            /** @description Factor of both sides, up to 4; the sides become multiples of 8. */
+            /** @description Factor of both sides, up to 4; the sides become multiples of 8, or of 16 for Z-Image. */
             factor: number;
             /**
              * @description Share of the steps of the second pass that are drawn, up to 1; 0.5 by default.
@@ -1617,7 +1617,7 @@ export interface components {
              */
             base_sha256?: string | null;
             /**
-             * @description SHA-256 of the single file that the base model was loaded from, if any.
+             * @description SHA-256 of the single file of the base model, if any; of Z-Image, that of the transformer.
              * @default null
              */
             model_sha256?: string | null;
@@ -2036,7 +2036,7 @@ export interface components {
          */
         BaseLimits: {
             /**
-             * @description Number of which width and height are multiples.
+             * @description Number of which width and height are multiples, also after a second pass.
              * @default 8
              */
             side_step?: number;

@@ -22,7 +22,7 @@ def schemas_of(
     for struct in set(_structs(msgspec.inspect.multi_type_info(kinds))):
         properties = components[struct.__name__]["properties"]
         for name, text in field_docs(struct).items():
-            properties[name] = _described(properties[name], text)
+            properties[name]["description"] = text
     return _portable(list(schemas)), _portable(components)
 
 
@@ -52,13 +52,6 @@ def _structs(info: Any) -> Iterator[type[Struct]]:
     elif isinstance(info, msgspec.inspect.Type):
         for name in ("types", "item_type", "item_types", "key_type", "value_type", "type"):
             yield from _structs(getattr(info, name, None))
-
-
-def _described(schema: dict[str, Any], text: str) -> dict[str, Any]:
-    """Return the schema of a field with its documentation."""
-    if "$ref" in schema:  # not all tools read other words beside it
-        schema = {"allOf": [schema]}
-    return schema | {"description": text}
 
 
 def _portable(node: Any) -> Any:
