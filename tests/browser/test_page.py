@@ -344,14 +344,14 @@ def test_a_picture_is_drawn_from_a_file_and_from_the_picture_before(
     page.get_by_label("Or a file").set_input_files(file)
     expect(page.get_by_alt_text("start.png")).to_be_visible()
     page.get_by_label("Strength", exact=True).fill("0.5")
-    page.get_by_label("Size", exact=True).select_option("80 56")
-    expect(page.get_by_label("Width")).to_have_value("80")
+    page.get_by_label("Size", exact=True).select_option("96 64")
+    expect(page.get_by_label("Width", exact=True)).to_have_value("96")
     page.get_by_label("Steps").fill("8")
     press_draw(page)
     page.get_by_role("button", name="Start from it").click()
     first = job(page, url)["result"]
     assert first["image_receipt"]["width"] == 64
-    assert (first["images"][0]["width"], first["images"][0]["height"]) == (80, 56)
+    assert (first["images"][0]["width"], first["images"][0]["height"]) == (96, 64)
 
     press_draw(page)
     expect(page.get_by_role("button", name="Start from it")).to_be_visible()
@@ -414,7 +414,8 @@ def test_a_stream_that_breaks_is_opened_again_where_it_was(visit: Open, url: str
     page.route("**/events", broken)
     page.goto(f"{url}#/jobs/{ident}")
 
-    expect(page.get_by_text("Step 3 of 9")).to_be_visible()
+    expect(page.get_by_text("The server does not answer; asking again")).to_be_visible()
+    expect(page.get_by_role("progressbar")).to_have_js_property("value", 3 / 9)
     expect(page.get_by_role("button", name="Vary seed")).to_be_visible()
     assert opened == [None, "abc"]
 

@@ -14,6 +14,7 @@ const NUMBERS = {
   strength: "strength",
 };
 const TEXTS = { model: "model", scheduler: "scheduler", output_format: "format" };
+const MIN_SIDE = 64; // pixels
 const SHAPES = [
   [1, 1],
   [4, 5],
@@ -242,9 +243,10 @@ function choose(select, value) {
   select.value = value;
 }
 
-/** Return the sides of an image with a ratio and about as many pixels. */
+/** Return the sides of an image with a ratio, and with about as many pixels if it may. */
 function sides(ratio, pixels) {
-  const step = limits.side_step;
-  const rounded = (side) => Math.max(step, Math.round(side / step) * step);
-  return [rounded(Math.sqrt(pixels * ratio)), rounded(Math.sqrt(pixels / ratio))];
+  const shorter = Math.max(MIN_SIDE, Math.sqrt(pixels * Math.min(ratio, 1 / ratio)));
+  const [width, height] = ratio < 1 ? [shorter, shorter / ratio] : [shorter * ratio, shorter];
+  const rounded = (side) => Math.round(side / limits.side_step) * limits.side_step;
+  return [rounded(width), rounded(height)];
 }
