@@ -420,6 +420,55 @@ def test_a_stream_that_breaks_is_opened_again_where_it_was(visit: Open, url: str
     assert opened == [None, "abc"]
 
 
+def test_the_form_offers_what_the_queue_serves(visit: Open, url: str) -> None:
+    """Of Z-Image: no weights in prompts, no previews, sides in steps of 16; of two models, one."""
+
+    def ask() -> Any:
+        answer = requests.get(f"{url}v1/queue", timeout=10)
+        return answer.json() if answer.ok else None
+
+    record = wait_until(ask, "the worker says what it serves") | {
+        "limits": {"side_step": 16, "prompts": "chat"},
+        "models": ["demo", "other"],
+        "width": 1024,
+        "height": 1024,
+        "num_inference_steps": 9,
+        "catalogue": None,
+    }
+    missing = {"code": "not_found", "detail": "no worker", "retryable": False}
+    answers = [(404, "application/problem+json", missing), (200, "application/json", record)]
+    sent: list[Any] = []
+    page = visit("about:blank")
+
+    def queue(route: Route) -> None:
+        status, kind, document = answers[0]
+        route.fulfill(status=status, content_type=kind, body=json.dumps(document))
+        del answers[: len(answers) - 1]
+
+    def submission(route: Route) -> None:
+        if route.request.method == "POST":
+            sent.append(route.request.post_data_json)
+        route.continue_()
+
+    page.route("**/v1/queue", queue)
+    page.route("**/v1/jobs?*", submission)
+    page.goto(url)
+    expect(page.get_by_text("No worker has its model yet")).to_be_visible()
+    expect(page.get_by_text("SDXL · demo · other")).to_be_visible()
+    page.get_by_label("Size", exact=True).select_option("1248 832")
+    page.get_by_label("Model").select_option("other")
+    expect(page.get_by_label("Steps")).to_have_attribute("placeholder", "9")
+    page.get_by_text("More", exact=True).click()
+    expect(page.get_by_label("File format")).to_be_visible()
+    expect(page.get_by_label("Show the image while")).to_be_hidden()
+    expect(page.get_by_label("Weights and LoRA tags")).to_be_hidden()
+    page.keyboard.press("Control+Enter")
+
+    model = page.get_by_label("Model")
+    expect(model).to_have_accessible_description(re.compile("Expected what this queue serves"))
+    assert sent == [{"prompt": "", "model": "other", "width": 1248, "height": 832}]
+
+
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
 def test_axe_finds_nothing_serious(visit: Open, url: str, *, width: int, scheme: str) -> None:
     lora = {"file": {"url": "demo://anime-style"}}
