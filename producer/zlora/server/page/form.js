@@ -47,12 +47,12 @@ export function offerServed(info) {
   byId("width").placeholder = info.width;
   byId("height").placeholder = info.height;
   byId("width").step = byId("height").step = limits.side_step;
-  const shapes = SHAPES.map(([wide, high]) => {
-    const [width, height] = sides(wide / high, info.width * info.height);
-    return [`${width} ${height}`, `${wide}:${high} · ${width} × ${height}`];
-  });
+  const shapes = SHAPES.map(([wide, high]) => [
+    sides(wide / high, info.width * info.height).join(" "),
+    `${wide}:${high}`,
+  ]);
   const others = shapes.filter(([value]) => value !== `${info.width} ${info.height}`);
-  offer("shape", [["", `Own: ${info.width} × ${info.height}`], ...others, ["other", "Other"]]);
+  offer("shape", [["", "Own"], ...others, ["other", "Other"]]);
   const isChat = limits.prompts === "chat"; // one message, which has neither weights nor previews
   byId("syntax-field").hidden = byId("previews-field").hidden = isChat;
 }
