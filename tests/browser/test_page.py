@@ -410,6 +410,10 @@ def test_a_stream_that_breaks_is_opened_again_where_it_was(visit: Open, url: str
         body = f"retry: 10\n\n: alive\n\nevent: status\nid: abc\ndata: {status}\n\nevent: sta"
         route.fulfill(content_type="text/event-stream", body=body)
 
+    def nothing(route: Route) -> None:
+        route.fulfill(json={"jobs": [], "cursor": None})
+
+    page.route("**/v1/jobs?*", nothing)
     page.route(f"**/v1/jobs/{ident}", running)
     page.route("**/events", broken)
     page.goto(f"{url}#/jobs/{ident}")
