@@ -344,14 +344,14 @@ def test_a_picture_is_drawn_from_a_file_and_from_the_picture_before(
     page.get_by_label("Or a file").set_input_files(file)
     expect(page.get_by_alt_text("start.png")).to_be_visible()
     page.get_by_label("Strength", exact=True).fill("0.5")
-    page.get_by_label("Size", exact=True).select_option("80 56")
-    expect(page.get_by_label("Width")).to_have_value("80")
+    page.get_by_label("Size", exact=True).select_option("96 64")
+    expect(page.get_by_label("Width", exact=True)).to_have_value("96")
     page.get_by_label("Steps").fill("8")
     press_draw(page)
     page.get_by_role("button", name="Start from it").click()
     first = job(page, url)["result"]
     assert first["image_receipt"]["width"] == 64
-    assert (first["images"][0]["width"], first["images"][0]["height"]) == (80, 56)
+    assert (first["images"][0]["width"], first["images"][0]["height"]) == (96, 64)
 
     press_draw(page)
     expect(page.get_by_role("button", name="Start from it")).to_be_visible()
@@ -410,13 +410,67 @@ def test_a_stream_that_breaks_is_opened_again_where_it_was(visit: Open, url: str
         body = f"retry: 10\n\n: alive\n\nevent: status\nid: abc\ndata: {status}\n\nevent: sta"
         route.fulfill(content_type="text/event-stream", body=body)
 
+    def nothing(route: Route) -> None:
+        route.fulfill(json={"jobs": [], "cursor": None})
+
+    page.route("**/v1/jobs?*", nothing)
     page.route(f"**/v1/jobs/{ident}", running)
     page.route("**/events", broken)
     page.goto(f"{url}#/jobs/{ident}")
 
-    expect(page.get_by_text("Step 3 of 9")).to_be_visible()
+    expect(page.get_by_text("The server does not answer; asking again")).to_be_visible()
+    expect(page.get_by_role("progressbar")).to_have_js_property("value", 3 / 9)
     expect(page.get_by_role("button", name="Vary seed")).to_be_visible()
     assert opened == [None, "abc"]
+
+
+def test_the_form_offers_what_the_queue_serves(visit: Open, url: str) -> None:
+    """Of Z-Image: no weights in prompts, no previews, sides in steps of 16; of two models, one."""
+
+    def ask() -> Any:
+        answer = requests.get(f"{url}v1/queue", timeout=10)
+        return answer.json() if answer.ok else None
+
+    record = wait_until(ask, "the worker says what it serves") | {
+        "limits": {"side_step": 16, "prompts": "chat"},
+        "models": ["demo", "other"],
+        "width": 1024,
+        "height": 1024,
+        "num_inference_steps": 9,
+        "catalogue": None,
+    }
+    missing = {"code": "not_found", "detail": "no worker", "retryable": False}
+    answers = [(404, "application/problem+json", missing), (200, "application/json", record)]
+    sent: list[Any] = []
+    page = visit("about:blank")
+
+    def queue(route: Route) -> None:
+        status, kind, document = answers[0]
+        route.fulfill(status=status, content_type=kind, body=json.dumps(document))
+        del answers[: len(answers) - 1]
+
+    def submission(route: Route) -> None:
+        if route.request.method == "POST":
+            sent.append(route.request.post_data_json)
+        route.continue_()
+
+    page.route("**/v1/queue", queue)
+    page.route("**/v1/jobs?*", submission)
+    page.goto(url)
+    expect(page.get_by_text("No worker has its model yet")).to_be_visible()
+    expect(page.get_by_text("SDXL · demo · other")).to_be_visible()
+    page.get_by_label("Size", exact=True).select_option("1248 832")
+    page.get_by_label("Model").select_option("other")
+    expect(page.get_by_label("Steps")).to_have_attribute("placeholder", "9")
+    page.get_by_text("More", exact=True).click()
+    expect(page.get_by_label("File format")).to_be_visible()
+    expect(page.get_by_label("Show the image while")).to_be_hidden()
+    expect(page.get_by_label("Weights and LoRA tags")).to_be_hidden()
+    page.keyboard.press("Control+Enter")
+
+    model = page.get_by_label("Model")
+    expect(model).to_have_accessible_description(re.compile("Expected what this queue serves"))
+    assert sent == [{"prompt": "", "model": "other", "width": 1248, "height": 832}]
 
 
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)

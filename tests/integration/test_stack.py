@@ -16,7 +16,7 @@ import pytest
 import requests
 from support.processes import clean_environ, free_port, wait_until
 from support.tiny_folder import tiny_model
-from zlora import Client, JobHandle, JobState, config
+from zlora import Client, JobHandle, JobState, config, embedded
 from zlora.embedded import EmbeddedStack
 from zlora.errors import InvalidSetting, StackError
 
@@ -107,9 +107,12 @@ def test_jobs_outlive_the_stack_and_its_processes_do_not(
     After SIGTERM the running job is finished, and queued jobs are drawn by the next stack. SIGKILL
     in the middle of a job leaves no process, either.
     """
-    home, port = Path(environ["ZLORA_HOME"]), free_port()
-    with up(environ, tmp_path / "1", "--flower", f"--flower-port={port}") as stack:
+    home, port, other = Path(environ["ZLORA_HOME"]), free_port(), free_port()
+    options = ("--flower", f"--flower-port={port}", "--serve", f"--serve-port={other}")
+    with up(environ, tmp_path / "1", *options) as stack:
         stack.wait_for("\nready after ")
+        (page_url,) = re.findall(r"page    (http://\S+)", stack.screen)
+        assert "<title>zlora</title>" in requests.get(page_url, timeout=5).text
         (url,) = re.findall(r"Flower  (http://zlora:\S+)", stack.screen)
         page = wait_until(lambda: flower_page(url), "Flower answers")
         assert (page.status_code, "Flower" in page.text) == (200, True)
@@ -126,7 +129,7 @@ def test_jobs_outlive_the_stack_and_its_processes_do_not(
         socket = Path((config.recorded_broker(home) or "").partition("://")[2])
         assert socket.is_socket()
         processes = descendants(stack.process.pid)
-        assert len(processes) >= 4  # broker, worker, its child, Flower
+        assert len(processes) >= 5  # broker, server, worker, its child, Flower
         stack.process.terminate()
 
         assert stack.ends() == 0
@@ -135,9 +138,9 @@ def test_jobs_outlive_the_stack_and_its_processes_do_not(
         assert config.recorded_broker(home) is None
 
     # The screen is short: the processes write to files, which other users cannot read.
-    assert len(stack.screen.splitlines()) <= 12
+    assert len(stack.screen.splitlines()) <= 13
     assert "a city at night" in stack.screen
-    for name in ("broker", "worker", "flower"):
+    for name in ("broker", "worker", "flower", "server"):
         assert (home / "logs" / f"{name}.log").stat().st_size
     folders = (home, home / "broker", home / "logs")
     assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700] * 3
@@ -225,6 +228,18 @@ def test_a_data_folder_that_is_a_file_is_a_typed_error(tmp_path: Path) -> None:
     with (
         pytest.raises(StackError, match="ZLORA_HOME"),
         EmbeddedStack(clean_environ({"ZLORA_HOME": str(tmp_path / "home")})),
+    ):
+        pass
+
+
+def test_what_the_server_lacks_is_named(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "find_spec", lambda _name: None)
+
+    with (
+        pytest.raises(StackError, match=r"pip install 'z-image-lora\[server\]'"),
+        EmbeddedStack(clean_environ(environ), serve_port=free_port()),
     ):
         pass
 

@@ -54,22 +54,30 @@ export async function send(path, { method = "GET", body, headers = {}, signal } 
 /** Return the JSON document that the server answers. */
 export const get = async (path, options) => (await send(path, options)).json();
 
-/** Follow a job to its end, and return the job; `onStatus` gets each status on the way. */
+/** Follow a job to its end, and return the job; `onStatus` gets each status on the way.
+ *
+ * While the server or Redis does not answer, the status has the phase `away`.
+ */
 export async function follow(id, onStatus, signal) {
   let last = "";
+  let status = {};
   for (;;) {
     try {
       const headers = last ? { "Last-Event-ID": last } : {};
       const response = await send(`/v1/jobs/${id}/events`, { headers, signal });
       if (response.status === 204) return get(`/v1/jobs/${id}`, { signal });
+      if (last) onStatus(status); // the server does not send the same one again
       for await (const event of events(response.body)) {
         if (event.name === "end") return JSON.parse(event.data);
-        if (event.name === "status") onStatus(JSON.parse(event.data));
+        if (event.name !== "status") continue;
         last = event.id;
+        status = JSON.parse(event.data);
+        onStatus(status);
       }
     } catch (error) {
       if (signal.aborted || (error instanceof Problem && !error.retryable)) throw error;
     }
+    onStatus({ ...status, phase: "away" });
     await new Promise((resolve) => setTimeout(resolve, RETRY));
     signal.throwIfAborted();
   }

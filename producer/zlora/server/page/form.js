@@ -14,6 +14,7 @@ const NUMBERS = {
   strength: "strength",
 };
 const TEXTS = { model: "model", scheduler: "scheduler", output_format: "format" };
+const MIN_SIDE = 64; // pixels
 const SHAPES = [
   [1, 1],
   [4, 5],
@@ -46,12 +47,12 @@ export function offerServed(info) {
   byId("width").placeholder = info.width;
   byId("height").placeholder = info.height;
   byId("width").step = byId("height").step = limits.side_step;
-  const shapes = SHAPES.map(([wide, high]) => {
-    const [width, height] = sides(wide / high, info.width * info.height);
-    return [`${width} ${height}`, `${wide}:${high} · ${width} × ${height}`];
-  });
+  const shapes = SHAPES.map(([wide, high]) => [
+    sides(wide / high, info.width * info.height).join(" "),
+    `${wide}:${high}`,
+  ]);
   const others = shapes.filter(([value]) => value !== `${info.width} ${info.height}`);
-  offer("shape", [["", `Own: ${info.width} × ${info.height}`], ...others, ["other", "Other"]]);
+  offer("shape", [["", "Own"], ...others, ["other", "Other"]]);
   const isChat = limits.prompts === "chat"; // one message, which has neither weights nor previews
   byId("syntax-field").hidden = byId("previews-field").hidden = isChat;
 }
@@ -242,9 +243,10 @@ function choose(select, value) {
   select.value = value;
 }
 
-/** Return the sides of an image with a ratio and about as many pixels. */
+/** Return the sides of an image with a ratio, and with about as many pixels if it may. */
 function sides(ratio, pixels) {
-  const step = limits.side_step;
-  const rounded = (side) => Math.max(step, Math.round(side / step) * step);
-  return [rounded(Math.sqrt(pixels * ratio)), rounded(Math.sqrt(pixels / ratio))];
+  const shorter = Math.max(MIN_SIDE, Math.sqrt(pixels * Math.min(ratio, 1 / ratio)));
+  const [width, height] = ratio < 1 ? [shorter, shorter / ratio] : [shorter * ratio, shorter];
+  const rounded = (side) => Math.round(side / limits.side_step) * limits.side_step;
+  return [rounded(width), rounded(height)];
 }

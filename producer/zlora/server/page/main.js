@@ -13,7 +13,7 @@ import { WrongValue, countWords, offerFields, setUpSweep } from "./sweep.js";
 const LOOK = 2000; // milliseconds between two questions for a worker
 
 let selected = null; // id of the job on the stage
-let fromForm = null; // id of the last job that the form has made
+let fromForm = null; // id of the job that the form has made as it stands
 let spoken = ""; // what screen readers were told last of the selected job
 
 /** Return a function that shows its errors: at the field, else below the form. */
@@ -66,7 +66,14 @@ function fill(request) {
   byId("prompt").focus();
 }
 
+/** Show why a job has failed at the field of the form that it is from. */
+function showFailure(job) {
+  const isCancelled = stateOf(job) === "cancelled";
+  if (job.id === fromForm && job.error && !isCancelled) form.showError(new Problem(job.error));
+}
+
 function onFormChange() {
+  fromForm = null;
   offerFields();
   byId("sweep-count").textContent = countWords();
   byId("images").disabled = countWords() !== "";
@@ -134,6 +141,7 @@ const route = reporting(async () => {
   if (compared) await jobs.load(compared).catch(() => {}); // it may have expired
   showJob(job);
   showStrip(selected);
+  showFailure(job);
   return isOver(job) ? jobs.unfollow() : jobs.follow(id);
 });
 
@@ -147,8 +155,7 @@ jobs.addEventListener("change", ({ detail: id }) => {
   const state = stateOf(job);
   if (state !== spoken) announce(`The job is ${state}.`);
   spoken = state;
-  if (id === fromForm && state === "failed" && form.showError(new Problem(job.error)))
-    fromForm = null;
+  showFailure(job);
 });
 
 /** Ask for an API key in a dialog; resolve to null if the user cancels. */

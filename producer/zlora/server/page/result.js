@@ -19,6 +19,7 @@ export function stateOf(job) {
 
 /** Return what a job is doing, in a few words. */
 export function progressOf({ state, phase, position, step, steps, eta, received, expected, code }) {
+  if (phase === "away") return "The server does not answer; asking again";
   if (state === "PENDING" || phase === "queued") {
     if (position === undefined) return "In the queue";
     return position === 0 ? "Next in the queue" : `In the queue, behind ${position}`;
