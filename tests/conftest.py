@@ -91,11 +91,23 @@ def _answers(probe: "redis.Redis") -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests for a GPU if there is no GPU."""
+    """Deselect tests for a GPU if there is no GPU, and mix files that wait with files that compute.
+
+    Fault and integration tests mostly wait for other processes. One after the other they would
+    leave a core idle, and the unit tests after them would have too few.
+    """
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _has_gpu():
         config.hook.pytest_deselected(items=on_gpu)
         items[:] = [item for item in items if item not in on_gpu]
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    computing = [path for path in files if "unit" in path.parts][::-1]  # the longest ones first
+    waiting = [path for path in files if "unit" not in path.parts]
+    places = {path: (index + 0.5) / len(computing) for index, path in enumerate(computing)}
+    places |= {path: index / len(waiting) for index, path in enumerate(waiting)}
+    items[:] = [item for path in sorted(files, key=places.__getitem__) for item in files[path]]
 
 
 def _has_gpu() -> bool:
