@@ -14,7 +14,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 BENCHMARKS := bases batches busy fetch gpu http lora png previews producer queue results scale schedules starts sweeps
 
 .PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover model soak freezes fuzz
-.PHONY: changes cycles gallery mixed
+.PHONY: changes cycles gallery lora-matrix mixed
 .PHONY: bench clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
 
@@ -38,6 +38,7 @@ help:
 	@echo 'make cycles        a thousand jobs of each family with failures and signals; prints changed bits'
 	@echo 'make changes       a hundred changes of the base model with failures, for each mode'
 	@echo 'make gallery       draw docs/gallery.md with the demo model'
+	@echo 'make lora-matrix   write docs/lora-matrix.md: what three loaders do with each spelling and kind of LoRA'
 	@echo 'make bench         the short form of every benchmark'
 	@echo 'make bench-<name>  one whole benchmark: $(BENCHMARKS)'
 	@echo 'make bench-gpu     what only a GPU can show; says so if there is none'
@@ -145,6 +146,10 @@ changes: $(VENV)/dev.stamp
 # Draws docs/gallery.md: a sheet of images for each feature, with the demo model, in a minute.
 gallery: $(VENV)/dev.stamp
 	$(RUN)/python -P tools/gallery.py
+
+# Writes docs/lora-matrix.md: every spelling and kind of LoRA in this project, diffusers and PEFT, in ten minutes.
+lora-matrix: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=tests:tools $(RUN)/python -P tests/benchmarks/lora_matrix.py
 
 # 2,000 mutated messages between good jobs: worker and child live, every good job is drawn. `make test` has a short form.
 fuzz: $(VENV)/dev.stamp

@@ -13,8 +13,8 @@ from typing import Any, Final
 import pytest
 from support import seaweed
 from support.fakes import MemoryStore, load_pipeline, settings, write
-from support.family_loras import files_of_all_kinds
 from support.jobs import lora_cache, make_child, run_job
+from support.lora_matrix import files_of_all_kinds
 from support.processes import Worker, wait_until, worker
 from support.servers import by_path, serving
 from support.tiny_folder import tiny_model, tiny_sd15, tiny_zimage
@@ -26,7 +26,7 @@ from zlora.schema import parse_request
 from zlora_worker.child import Child
 
 FAMILIES: Final = (SDXL, SD1, Z_IMAGE)
-KIND: Final = {SDXL: "LoRA of all modules", SD1: "LoRA of all modules", Z_IMAGE: "LoRA"}
+KIND: Final = "LoRA of all modules"
 SMALL: Final[dict[str, Any]] = {
     "prompt": "a portrait",
     "num_inference_steps": 2,
@@ -98,7 +98,7 @@ def site(
         of = {}
         for number, (family, model) in enumerate(models.items()):  # while the workers start
             pipeline = load_pipeline(model_home, ZLORA_MODEL=str(model(model_home)))
-            lora = write(folder / family, files_of_all_kinds(pipeline)[KIND[family]]).read_bytes()
+            lora = write(folder / family, files_of_all_kinds(pipeline)[KIND]).read_bytes()
             files[f"/{number}.safetensors"] = lora
             digest = hashlib.sha256(lora).hexdigest()
             cache = settings(model_home, **lora_cache(folder / f"loras-{number}"))

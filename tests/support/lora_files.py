@@ -1,24 +1,27 @@
 """LoRA files in every spelling, and their effect on the tiny model without the worker's code."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from support import single_file
 from support.fakes import Tensors
+from support.lora_spellings import SDXL, Spelling
 from support.tiny_folder import tiny_model
 from torch import Tensor, nn
-from zlora_worker.model.families.sdxl import SDXL
+from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.lora.reader import Lora, require_whole
+from zlora_worker.model.families import sdxl
 from zlora_worker.model.pipeline import Pipeline
 
 Weight: TypeAlias = tuple[str, str]  # component, and the parameter's name in it
 State: TypeAlias = dict[Weight, Tensor]
-Names: TypeAlias = Mapping[str, str]  # Stability's names of the UNet's modules, by diffusers'
-Speller: TypeAlias = Callable[["Layer", Names], Tensors]
-
+SOURCE: Final = "https://example.com/a.safetensors"
 TOLERANCE: Final = 1e-5  # of the greatest weight, in fp32
 
 
@@ -42,15 +45,23 @@ class Layer(NamedTuple):
     up: Tensor
     alpha: float
 
-    @property
-    def bare(self) -> str:
-        """Module's name without the prefix that only some releases of transformers have."""
-        return self.module.removeprefix("text_model.")
-
     def change(self, *, with_alpha: bool) -> Tensor:
         """Compute the delta as a matrix in fp64."""
         scale = self.alpha / len(self.down) if with_alpha else 1.0
         return scale * self.up.double().flatten(1) @ self.down.double().flatten(1)
+
+
+def read_whole(model: Pipeline, path: Path) -> Lora:
+    """Read a file as a strict job does."""
+    lora = model.reader.read(path, digest=sha256(path.read_bytes()).hexdigest(), source=SOURCE)
+    require_whole(lora, source=SOURCE)
+    return lora
+
+
+def merged(model: Pipeline, lora: Lora, *, unet: float = 1.0, text: float = 1.0) -> State:
+    """Return the weights while a LoRA is merged."""
+    with model.patch.applied([WeightedLora(lora=lora, unet_weight=unet, text_encoder_weight=text)]):
+        return snapshot(model)
 
 
 def snapshot(model: Pipeline) -> State:
@@ -131,11 +142,17 @@ def merged_by_hand(
     return merged
 
 
-def spelt(layers: Sequence[Layer], speller: Speller, names: Names) -> Tensors:
-    """Write all layers into the tensors of one file."""
+def spelt(
+    layers: Sequence[Layer],
+    spelling: Spelling = SDXL["kohya, diffusers' names"],
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> Tensors:
+    """Write all layers into the tensors of one file; `names` are those of the UNet's modules."""
     tensors: Tensors = {}
     for layer in layers:
-        tensors |= speller(layer, names)
+        module = names.get(layer.module, layer.module)
+        parts = {"down": layer.down, "up": layer.up}
+        tensors |= spelling.tensors(layer.component, module, parts, layer.alpha)
     return tensors
 
 
@@ -178,7 +195,7 @@ def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, A
     torch.manual_seed(20260104)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model(home), local_files_only=True)
     saved, changed = {}, {}
-    for component in SDXL.adapted:
+    for component in sdxl.SDXL.adapted:
         model = getattr(pipeline, component)
         inject_adapter_in_model(LoraConfig(**{"target_modules": PEFTS_TARGETS} | options), model)
         for name, parameter in model.named_parameters():
@@ -189,7 +206,7 @@ def merged_by_peft(home: Path, folder: Path, weight: float, options: dict[str, A
         saved[f"{component}_lora_layers"] = get_peft_model_state_dict(model)
         saved[f"{component}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     pipeline.save_lora_weights(folder, weight_name="a.safetensors", **saved)
-    for component in SDXL.adapted:
+    for component in sdxl.SDXL.adapted:
         for name, layer in getattr(pipeline, component).named_modules():
             if isinstance(layer, LoraLayer):
                 layer.scale_layer(weight)
@@ -228,120 +245,3 @@ def saved_by_peft(home: Path, folder: Path, kind: str, options: dict[str, Any]) 
 
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
-
-
-def _pair(layer: Layer, down: str, up: str, alpha: str = "") -> Tensors:
-    tensors = {down: layer.down, up: layer.up}
-    return tensors | {alpha: torch.tensor(layer.alpha)} if alpha else tensors
-
-
-def _kohya(prefix: str, layer: Layer) -> Tensors:
-    return _pair(layer, f"{prefix}.lora_down.weight", f"{prefix}.lora_up.weight", f"{prefix}.alpha")
-
-
-def _prefixed(unet: str, text: str, layer: Layer, unet_name: str) -> str:
-    # `text` contains a field for the number or the letter of the text encoder.
-    if layer.component == "unet":
-        return f"{unet}{unet_name}"
-    second = layer.component == "text_encoder_2"
-    prefix = text.format(number=2 if second else 1, letter="g" if second else "l")
-    return f"{prefix}text_model.{layer.bare}"
-
-
-def kohya_of_stability(layer: Layer, names: Names) -> Tensors:
-    return _kohya(
-        _flat(_prefixed("lora_unet_", "lora_te{number}_", layer, names.get(layer.module, ""))),
-        layer,
-    )
-
-
-def kohya_of_diffusers(layer: Layer, _names: Names) -> Tensors:
-    return _kohya(_flat(_prefixed("lora_unet_", "lora_te{number}_", layer, layer.module)), layer)
-
-
-def kohya_of_one_encoder(layer: Layer, names: Names) -> Tensors:
-    """Spell as kohya's scripts for SD 1.x and 2.x, whose text encoder has no number."""
-    name = _prefixed("lora_unet_", "lora_te_", layer, names.get(layer.module, ""))
-    return _kohya(_flat(name), layer)
-
-
-def kohya_of_one_encoder_in_diffusers(layer: Layer, _names: Names) -> Tensors:
-    """Spell as kohya's scripts for SD 1.x and 2.x with diffusers' names of the UNet's modules."""
-    return _kohya(_flat(_prefixed("lora_unet_", "lora_te_", layer, layer.module)), layer)
-
-
-def onetrainer_of_one_encoder(layer: Layer, _names: Names) -> Tensors:
-    """Spell as OneTrainer for SD 1.x and 2.x."""
-    return _kohya(_prefixed("lora_unet.", "lora_te.", layer, layer.module), layer)
-
-
-def lycoris(layer: Layer, _names: Names) -> Tensors:
-    return _kohya(_flat(_prefixed("lycoris_", "lycoris_te{number}_", layer, layer.module)), layer)
-
-
-def onetrainer_dotted(layer: Layer, _names: Names) -> Tensors:
-    return _kohya(_prefixed("lora_unet.", "lora_te{number}.", layer, layer.module), layer)
-
-
-def onetrainer_by_component(layer: Layer, _names: Names) -> Tensors:
-    return _kohya(_prefixed("unet.", "clip_{letter}.", layer, layer.module), layer)
-
-
-def comfyui(layer: Layer, names: Names) -> Tensors:
-    text = "text_encoders.clip_{letter}.transformer."
-    return _kohya(_prefixed("diffusion_model.", text, layer, names.get(layer.module, "")), layer)
-
-
-def comfyui_of_peft(layer: Layer, names: Names) -> Tensors:
-    text = "text_encoders.clip_{letter}.transformer."
-    prefix = _prefixed("model.diffusion_model.", text, layer, names.get(layer.module, ""))
-    return _pair(layer, f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight", f"{prefix}.alpha")
-
-
-def peft(layer: Layer, _names: Names) -> Tensors:
-    prefix = f"{layer.component}.{layer.module}"
-    return _pair(layer, f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight")
-
-
-def peft_with_alpha(layer: Layer, _names: Names) -> Tensors:
-    prefix = f"{layer.component}.{layer.module}"
-    return _pair(layer, f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight", f"{prefix}.alpha")
-
-
-def peft_named(layer: Layer, _names: Names) -> Tensors:
-    prefix = f"{layer.component}.{layer.module}"
-    return _pair(layer, f"{prefix}.lora_A.default.weight", f"{prefix}.lora_B.default.weight")
-
-
-def peft_wrapped(layer: Layer, _names: Names) -> Tensors:
-    prefix = f"base_model.model.{layer.module}"
-    return _pair(layer, f"{prefix}.lora_A.default.weight", f"{prefix}.lora_B.default.weight")
-
-
-def bare(layer: Layer, _names: Names) -> Tensors:
-    return _pair(layer, f"{layer.module}.lora_A.weight", f"{layer.module}.lora_B.weight")
-
-
-def bare_of_stability(layer: Layer, names: Names) -> Tensors:
-    return _kohya(names[layer.module], layer)
-
-
-def diffusers(layer: Layer, _names: Names) -> Tensors:
-    if layer.component == "unet":
-        prefix = f"unet.{layer.module}.lora"
-    else:
-        prefix = f"{layer.component}.text_model.{layer.bare}.lora_linear_layer"
-    return _pair(layer, f"{prefix}.down.weight", f"{prefix}.up.weight")
-
-
-def diffusers_processors(layer: Layer, _names: Names) -> Tensors:
-    block, _, leaf = layer.module.removesuffix(".0").rpartition(".")
-    prefix = f"unet.{block}.processor.{leaf}_lora"
-    if layer.component != "unet":
-        old = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}[leaf]
-        prefix = f"{layer.component}.text_model.{layer.bare.rpartition('.')[0]}.{old}_lora"
-    return _pair(layer, f"{prefix}.down.weight", f"{prefix}.up.weight")

@@ -4,6 +4,7 @@ The classes and module names are those of the published model, at a hundredth of
 weights are random: images are textures that depend on prompt, seed and LoRA.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,20 +55,20 @@ def write_original(folder: Path, file: Path, *, prefix: str = "") -> Path:
 
 def original_layout(state: dict[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
     """Rename the weights of a transformer, with queries, keys and values in one tensor."""
-    found = {}
+    found: dict[str, list[Tensor]] = {}
     for name, tensor in state.items():
-        new = name.replace("all_final_layer.2-1", "final_layer")
-        new = new.replace("all_x_embedder.2-1", "x_embedder")
-        new = new.replace("attention.to_out.0", "attention.out")
-        new = new.replace("attention.norm_q", "attention.q_norm")
-        new = new.replace("attention.norm_k", "attention.k_norm")
-        if ".to_k." in new or ".to_v." in new:
-            continue
-        if ".to_q." in new:
-            parts = [state[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
-            new, tensor = new.replace(".to_q.", ".qkv."), torch.cat(parts)  # noqa: PLW2901
-        found[prefix + new] = tensor.contiguous()
-    return found
+        found.setdefault(prefix + original_name(name), []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in found.items()}
+
+
+def original_name(name: str) -> str:
+    """Return the name in the original layout, one for queries, keys and values."""
+    name = name.replace("all_final_layer.2-1", "final_layer")
+    name = name.replace("all_x_embedder.2-1", "x_embedder")
+    name = name.replace("attention.to_out.0", "attention.out")
+    name = name.replace("attention.norm_q", "attention.q_norm")
+    name = name.replace("attention.norm_k", "attention.k_norm")
+    return re.sub(r"attention\.to_[qkv]\b", "attention.qkv", name)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

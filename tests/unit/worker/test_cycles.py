@@ -18,9 +18,9 @@ import torch
 from msgspec.structs import replace
 from support import figures
 from support.fakes import PLACES, MemoryStore, Tensors, a_request, load_pipeline, settings
-from support.family_loras import files_of_all_kinds
 from support.interruption import Cancelled, cancel, time_limit
 from support.jobs import lora_cache, make_child, put_in_cache, run_job
+from support.lora_matrix import files_of_all_kinds
 from support.tiny_folder import tiny_of
 from zlora.errors import LoraMismatch, OutOfMemory, StoreFailed
 from zlora.lora.base_model import SD1, SDXL, Z_IMAGE

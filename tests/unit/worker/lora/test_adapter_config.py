@@ -12,14 +12,12 @@ import torch
 from peft.utils.other import get_pattern_key
 from support import lora_files
 from support.fakes import UNET, Tensors, kohya_lora, peft_lora, write
-from support.lora_files import State, require_equal, require_unchanged, snapshot
+from support.lora_files import SOURCE, State, merged, require_equal, require_unchanged, snapshot
 from zlora.errors import LoraMismatch
 from zlora_worker.lora.adapter_config import AdapterConfig
-from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.reader import Lora
 from zlora_worker.model.pipeline import Pipeline
 
-SOURCE: Final = "https://example.com/a.safetensors"
 CONFIG: Final = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 SLOW: Final = r"(?:(\w)|(\w)\w|\w(\w)\w)+(?(1)\W|\W\W)"  # tries every way to split a name
 
@@ -40,11 +38,6 @@ def read(model: Pipeline, path: Path, **options: Any) -> Lora:
     """Read a file; the digest is that of everything that its deltas depend on."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest() + str(options)
     return model.reader.read(path, digest=digest, source=SOURCE, **options)
-
-
-def merged(model: Pipeline, lora: Lora) -> State:
-    with model.patch.applied([WeightedLora(lora=lora)]):
-        return snapshot(model)
 
 
 def refusal(model: Pipeline, path: Path, config: object, **options: Any) -> str:

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
@@ -13,30 +12,30 @@ import torch
 from support import lora_files
 from support.fakes import Tensors, write
 from support.lora_files import (
-    Layer,
-    Speller,
+    SOURCE,
     State,
     decomposed,
     effect,
     layers_for,
+    merged,
     merged_by_hand,
+    read_whole,
     require_equal,
     require_unchanged,
     snapshot,
 )
+from support.lora_spellings import SDXL
 from torch import nn
 from zlora.lora import key_names
 from zlora_worker.lora import adapter_formats
 from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.patch import Patch
-from zlora_worker.lora.reader import Lora, Reader, require_whole
+from zlora_worker.lora.reader import Reader, require_whole
 from zlora_worker.lora.weights import Weights
 from zlora_worker.model.pipeline import Pipeline
 
-SOURCE: Final = "https://example.com/a.safetensors"
-STRENGTHS: Final = {"unet": 0.6, "text_encoder": -1.5, "text_encoder_2": -1.5}
+STRENGTHS: Final = {"unet": 1.0, "text_encoder": 1.0, "text_encoder_2": 1.0}
 WEIGHT: Final = 0.6
-EVERYWHERE, UNET_ALONE = tuple(STRENGTHS), ("unet",)
 
 
 @pytest.fixture(scope="module")
@@ -51,68 +50,7 @@ def unchanged(model: Pipeline, base: State) -> Iterator[None]:
     require_unchanged(model, base)
 
 
-def read(model: Pipeline, path: Path) -> Lora:
-    """Read a file as a strict job does."""
-    lora = model.reader.read(path, digest=sha256(path.read_bytes()).hexdigest(), source=SOURCE)
-    require_whole(lora, source=SOURCE)
-    return lora
-
-
-def merged(model: Pipeline, lora: Lora, *, unet: float = 1.0, text: float = 1.0) -> State:
-    with model.patch.applied([WeightedLora(lora=lora, unet_weight=unet, text_encoder_weight=text)]):
-        return snapshot(model)
-
-
 # --- spellings
-
-
-def attention_alone(layer: Layer) -> bool:
-    return (".attn" in layer.module and ".to_" in layer.module) or "self_attn" in layer.module
-
-
-@pytest.mark.parametrize(
-    ("speller", "format_", "components", "with_alpha"),
-    [
-        (lora_files.kohya_of_stability, "kohya", EVERYWHERE, True),
-        (lora_files.kohya_of_diffusers, "kohya", EVERYWHERE, True),
-        (lora_files.lycoris, "lycoris", EVERYWHERE, True),
-        (lora_files.onetrainer_dotted, "onetrainer", EVERYWHERE, True),
-        (lora_files.onetrainer_by_component, "onetrainer", EVERYWHERE, True),
-        (lora_files.comfyui, "comfyui", EVERYWHERE, True),
-        (lora_files.comfyui_of_peft, "comfyui", EVERYWHERE, True),
-        (lora_files.peft, "peft", EVERYWHERE, False),
-        (lora_files.peft_with_alpha, "peft", EVERYWHERE, True),
-        (lora_files.peft_named, "peft", EVERYWHERE, False),
-        (lora_files.peft_wrapped, "peft", UNET_ALONE, False),
-        (lora_files.diffusers, "diffusers", EVERYWHERE, False),
-        (lora_files.diffusers_processors, "diffusers", EVERYWHERE, False),
-        (lora_files.bare, "peft", UNET_ALONE, False),
-        (lora_files.bare_of_stability, "unknown", UNET_ALONE, True),
-    ],
-)
-def test_a_spelling_finds_each_module_of_the_model(
-    model: Pipeline,
-    base: State,
-    tmp_path: Path,
-    *,
-    speller: Speller,
-    format_: str,
-    components: tuple[str, ...],
-    with_alpha: bool,
-) -> None:
-    """All linear layers and convolutions change, and no other weight."""
-    layers = [layer for layer in layers_for(base) if layer.component in components]
-    if speller is lora_files.diffusers_processors:
-        layers = list(filter(attention_alone, layers))
-    names = lora_files.stability_names(model.pipeline.unet)
-    lora = read(model, write(tmp_path / "a", lora_files.spelt(layers, speller, names)))
-
-    weights = merged(model, lora, unet=STRENGTHS["unet"], text=STRENGTHS["text_encoder"])
-
-    require_equal(weights, base, merged_by_hand(base, layers, STRENGTHS, with_alpha=with_alpha))
-    assert (lora.format, lora.kinds, lora.ranks) == (format_, ("lora",), (1, 2, 3))
-    assert sum(lora.modules.values()) == len(layers)
-    assert set(lora.modules) == set(components)
 
 
 def patched(components: Mapping[str, nn.Module], path: Path) -> State:
@@ -159,7 +97,7 @@ def test_names_of_stability_follow_the_depth_of_the_model(tmp_path: Path) -> Non
 
     weights = patched(
         {"unet": unet},
-        write(tmp_path / "a", lora_files.spelt(layers, lora_files.kohya_of_stability, names)),
+        write(tmp_path / "a", lora_files.spelt(layers, SDXL["kohya"], names)),
     )
 
     assert all(
@@ -243,13 +181,11 @@ def test_a_file_of_another_precision_is_read_as_its_numbers(
         layer._replace(down=layer.down.to(dtype), up=layer.up.to(dtype))
         for layer in layers_for(base)[::5]
     ]
-    tensors = lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})
+    tensors = lora_files.spelt(layers)
 
-    weights = merged(model, read(model, write(tmp_path / "a", tensors)))
+    weights = merged(model, read_whole(model, write(tmp_path / "a", tensors)))
 
-    require_equal(
-        weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
-    )
+    require_equal(weights, base, merged_by_hand(base, layers, STRENGTHS, with_alpha=True))
 
 
 @pytest.mark.parametrize(
@@ -267,15 +203,15 @@ def test_the_type_of_a_file_changes_no_bit_of_the_merge(
     model: Pipeline, base: State, tmp_path: Path, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Factors are widened at the merge, and multiplied by their scale as those in fp32 are."""
-    tensors = lora_files.spelt(layers_for(base), lora_files.kohya_of_diffusers, {})
+    tensors = lora_files.spelt(layers_for(base))
     typed = {
         key: tensor.to(dtype)
         for (key, tensor), dtype in zip(tensors.items(), cycle(dtypes), strict=False)
     }
     wide = {key: tensor.float() for key, tensor in typed.items()}
 
-    one = merged(model, read(model, write(tmp_path / "typed", typed)), unet=0.7, text=-0.3)
-    other = merged(model, read(model, write(tmp_path / "wide", wide)), unet=0.7, text=-0.3)
+    one = merged(model, read_whole(model, write(tmp_path / "typed", typed)), unet=0.7, text=-0.3)
+    other = merged(model, read_whole(model, write(tmp_path / "wide", wide)), unet=0.7, text=-0.3)
 
     assert [weight for weight in one if not torch.equal(one[weight], other[weight])] == []
 
@@ -290,11 +226,9 @@ def test_factors_shaped_as_1x1_convolutions_change_a_linear_layer(
         for layer in layers
     ]
 
-    lora = read(
-        model, write(tmp_path / "a", lora_files.spelt(square, lora_files.kohya_of_diffusers, {}))
-    )
+    lora = read_whole(model, write(tmp_path / "a", lora_files.spelt(square)))
 
-    expected = merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
+    expected = merged_by_hand(base, layers, STRENGTHS, with_alpha=True)
     require_equal(merged(model, lora), base, expected)
 
 
@@ -303,18 +237,16 @@ def test_an_alpha_may_be_any_number(
     model: Pipeline, base: State, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     layers = [layer._replace(alpha=4.0) for layer in layers_for(base)[::9]]
-    tensors = lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})
+    tensors = lora_files.spelt(layers)
     alphas = {
         key: tensor.to(dtype).reshape(1)
         for key, tensor in tensors.items()
         if key.endswith(".alpha")
     }
 
-    weights = merged(model, read(model, write(tmp_path / "a", tensors | alphas)))
+    weights = merged(model, read_whole(model, write(tmp_path / "a", tensors | alphas)))
 
-    require_equal(
-        weights, base, merged_by_hand(base, layers, dict.fromkeys(STRENGTHS, 1.0), with_alpha=True)
-    )
+    require_equal(weights, base, merged_by_hand(base, layers, STRENGTHS, with_alpha=True))
 
 
 # --- formats
@@ -417,7 +349,7 @@ def test_a_format_of_lycoris_acts_as_in_training(
             expected["unet", f"{name}.bias"] = bias
     assert tensors <= {key.partition(".")[2] for key in file}
 
-    lora = read(model, write(tmp_path / "a", file))
+    lora = read_whole(model, write(tmp_path / "a", file))
 
     require_equal(merged(model, lora, unet=WEIGHT), base, expected)
     assert (lora.format, lora.kinds) == ("lycoris", (kind,))
@@ -438,7 +370,7 @@ def test_norms_are_changed_as_lycoris_changes_them(
             tensor.detach() for tensor in changed
         )
 
-    lora = read(
+    lora = read_whole(
         model, write(tmp_path / "a", {key: tensor.detach() for key, tensor in file.items()})
     )
 
@@ -494,7 +426,7 @@ def test_dora_of_lycoris_scales_the_changed_weight_to_its_norms(
         whole = decomposed(start, change.detach(), one.dora_scale.detach(), 1.0)
         torch.testing.assert_close(in_training, whole.float(), rtol=1e-4, atol=1e-5)
 
-    lora = read(model, write(tmp_path / "a", file))
+    lora = read_whole(model, write(tmp_path / "a", file))
 
     require_equal(merged(model, lora, unet=weight), base, expected)
     assert lora.kinds == (kind,)
@@ -544,7 +476,7 @@ def test_the_bias_of_a_lora_in_the_older_names_of_diffusers_is_that_of_peft(
         },
     )
 
-    one, other = merged(model, read(model, peft)), merged(model, read(model, older))
+    one, other = merged(model, read_whole(model, peft)), merged(model, read_whole(model, older))
 
     assert all(torch.equal(one[weight], other[weight]) for weight in base)
     bias = "unet", "mid_block.resnets.0.conv1.bias"
@@ -565,7 +497,7 @@ def test_a_file_that_diffusers_writes_acts_as_peft_merges_it(
     """The scales are in the configuration in the header, for one rank and for many ranks."""
     expected = lora_files.merged_by_peft(model_home, tmp_path, WEIGHT, options)
 
-    lora = read(model, tmp_path / "a.safetensors")
+    lora = read_whole(model, tmp_path / "a.safetensors")
 
     require_equal(merged(model, lora, unet=WEIGHT, text=WEIGHT), base, expected)
     assert (lora.format, lora.kinds) == (
@@ -603,7 +535,9 @@ def test_loras_of_several_formats_add_up_and_each_has_its_own_relative_norm(
             )
             file |= {f"{one.lora_name}.{key}": tensor.detach() for key, tensor in state.items()}
         loras.append(
-            WeightedLora(lora=read(model, write(tmp_path / str(number), file)), unet_weight=0.7)
+            WeightedLora(
+                lora=read_whole(model, write(tmp_path / str(number), file)), unet_weight=0.7
+            )
         )
         alone = merged(model, loras[-1].lora, unet=0.7)
         own = {

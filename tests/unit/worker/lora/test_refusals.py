@@ -15,7 +15,15 @@ import torch
 from safetensors.torch import save, save_file
 from support import lora_files
 from support.fakes import TEXT, UNET, Tensors, kohya_lora, load_pipeline, peft_lora, write
-from support.lora_files import State, merged_by_hand, require_equal, require_unchanged, snapshot
+from support.lora_files import (
+    SOURCE,
+    State,
+    merged,
+    merged_by_hand,
+    require_equal,
+    require_unchanged,
+    snapshot,
+)
 from support.tiny_folder import tiny_zimage
 from torch import Tensor
 from zlora.errors import LoraMismatch, NotSafetensors, ZloraError
@@ -23,7 +31,6 @@ from zlora_worker.lora.merge import WeightedLora
 from zlora_worker.lora.reader import Lora, require_whole
 from zlora_worker.model.pipeline import Pipeline
 
-SOURCE: Final = "https://example.com/a.safetensors"
 BLOCK: Final = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_"
 QUERY: Final = f"{BLOCK}attn1_to_q"  # 32x32
 KEY: Final = f"{BLOCK}attn2_to_k"  # 32x80: the width of the tiny model's cross-attention is 80
@@ -39,9 +46,7 @@ def base(model: Pipeline) -> Iterator[State]:
     yield before
     layers = lora_files.layers_for(before)[::40]
     with tempfile.TemporaryDirectory() as folder:
-        path = write(
-            Path(folder, "next"), lora_files.spelt(layers, lora_files.kohya_of_diffusers, {})
-        )
+        path = write(Path(folder, "next"), lora_files.spelt(layers))
         lora = read(model, path)
     expected = merged_by_hand(before, layers, dict.fromkeys(lora.modules, 1.0), with_alpha=True)
     require_equal(merged(model, lora), before, expected)
@@ -56,11 +61,6 @@ def unchanged(model: Pipeline, base: State) -> Iterator[None]:
 
 def read(model: Pipeline, path: Path) -> Lora:
     return model.reader.read(path, digest=sha256(path.read_bytes()).hexdigest(), source=SOURCE)
-
-
-def merged(model: Pipeline, lora: Lora) -> State:
-    with model.patch.applied([WeightedLora(lora=lora)]):
-        return snapshot(model)
 
 
 def refusal(model: Pipeline, path: Path, error: type[ZloraError] = LoraMismatch) -> str:
