@@ -52,6 +52,7 @@ class JobInputs:
     warnings: list[tuple[str, ...]] = field(default_factory=list)
     recipe_fields: dict[str, Any] = field(default_factory=dict)
     adds_words: bool = False  # whether the job's own request asks for trigger words in the prompt
+    is_guided: bool = True  # whether its guidance scale has an effect
 
     @property
     def weighted_loras(self) -> list[WeightedLora]:
@@ -69,8 +70,7 @@ class JobInputs:
         request = self.request
         return (
             (request.prompt, request.negative_prompt, request.prompt_syntax, request.clip_skip),
-            # Families differ in the guidance scale up to which no negative prompt is encoded.
-            (request.guidance > 0, request.guidance > 1),
+            self.is_guided,  # else no negative prompt is encoded
             tuple((each.file.sha256, each.tokens) for each in self.embeddings),
             tuple(
                 (lora.parsed.digest, lora.weighted.text_encoder_weight)
@@ -192,6 +192,7 @@ def read_inputs(
                 warnings=filled.warnings,
                 recipe_fields=filled.fields,
                 adds_words=given[index].trigger_words == "add",
+                is_guided=child.model.is_guided(filled.request),
             )
         )
     for index, each in enumerate(inputs if asked.sweep else ()):  # before the first is drawn

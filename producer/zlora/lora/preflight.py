@@ -52,7 +52,7 @@ _TOKEN_REQUIRED: Final = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
 
 class Preflight:
-    """Checks LoRAs with the guard of a worker, without its tokens. For any number of threads."""
+    """Checks LoRAs with the guard of a worker, without its tokens. Threads may share one."""
 
     def __init__(
         self,

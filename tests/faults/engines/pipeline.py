@@ -129,6 +129,10 @@ class Pipeline:
         """Return the request with the defaults of SDXL."""
         return request.with_defaults()
 
+    def is_guided(self, request: GenerateRequest) -> bool:
+        """Return whether SDXL has guidance."""
+        return request.guidance > 1
+
     @property
     def limits(self) -> BaseLimits:
         """Limits of SDXL."""

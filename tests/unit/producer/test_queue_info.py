@@ -84,7 +84,17 @@ def test_a_request_that_the_queue_does_not_serve_is_refused_before_it_is_queued(
 
 
 CHAT = msgspec.structs.replace(
-    INFO, base="Z-Image", limits=BaseLimits(side_step=16, prompts="chat"), guidance_scale=0.0
+    INFO,
+    base="Z-Image",
+    limits=BaseLimits(
+        side_step=16,
+        prompts="chat",
+        unread_guidance=0.0,
+        has_text_loras=False,
+        has_unet_blocks=False,
+        upscales_latents=False,
+    ),
+    guidance_scale=0.0,
 )
 
 

@@ -498,7 +498,7 @@ Z_IMAGE = QueueInfo(
     scheduler="FlowMatchEulerDiscreteScheduler",
     num_inference_steps=9,
     guidance_scale=0.0,
-    limits=BaseLimits(side_step=16, prompts="chat"),
+    limits=BaseLimits(side_step=16, prompts="chat", unread_guidance=0.0, has_text_loras=False),
     schedulers=("flow_match_euler",),
     timeout=60,
     url_policies=("key",),

@@ -46,8 +46,7 @@ class Place(NamedTuple):
 class KeyMap:
     """Modules of one base model by every spelling of their names.
 
-    All spellings are derived from the model's own module names, so that a model of another depth
-    needs no table.
+    Numbers of blocks are counted in the model, so that another depth needs no table.
     """
 
     def __init__(self, modules: Iterable[Module]) -> None:

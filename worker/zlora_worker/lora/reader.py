@@ -318,7 +318,8 @@ class Reader:
     def _other_base(self, header: Header, modules: Iterable[Module]) -> str:
         """Return a clause if the header names another base model, and no layer shows this one.
 
-        The self-attention of some blocks has the same shapes in several families.
+        The self-attention of some blocks of a UNet has the same shapes in several families; the
+        layers of a transformer have the width of their family.
         """
         shows_this_base = any(
             component in ("text_encoder_2", "transformer")
@@ -349,7 +350,7 @@ class Reader:
             or base_model.detect_by_metadata(header)
             or base_model.detect_by_blocks(header.tensors)
         )
-        # A small model of a family has another width, and fits no LoRA of the published ones.
+        # By the width, not the family: a small SDXL cannot take LoRAs of the published SDXL.
         if origin is None or base_model.is_for(
             origin.family, base_model.WIDTHS.get(own) if own else self._family
         ):

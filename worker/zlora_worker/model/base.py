@@ -56,7 +56,7 @@ class BaseModel:
         self.tokenizers = {name: getattr(pipeline, name) for name in family.text_encoders.values()}
         components = {component: getattr(pipeline, component) for component in family.components}
         for module in components.values():
-            module.requires_grad_(False)  # once: it changes the last bit of an image
+            module.requires_grad_(False)  # before any image: with gradients the last bits differ
         self.layout = dict(_layout(components))
         self.attributes = dict(_attributes(components))
         # Those in which this base differs from the one that was loaded first.
@@ -85,7 +85,7 @@ class BaseModel:
                     tensor.data = tensor.data.clone()
         pipeline.to(device)
         self._components = components
-        # Tables of modules, not tensors: a VAE that moves to another type has new buffers.
+        # Tables and names, not tensors: a VAE that changes its type gets new tensors.
         self._others = list(_tables(components, stacked))
         self.checksum = WeightChecksum(components, self.weights, self.tokenizers)
         sums_sha256 = self.checksum.sums_sha256()

@@ -65,7 +65,7 @@ class BaseModels:
         room = self._max_bytes // self._model.resident.nbytes
         for name, load in list(self._loads.items())[:room]:
             self._copies[name] = load()
-        # In place, the copy is also the pristine one: it would be in memory twice.
+        # Also with room for one copy: in place, it is the pristine one, else in memory twice.
         if (first := self._copies.get(self._model.name)) is not None:
             self._model.change_to(first)
         logger.info("base models in host memory: %s", ", ".join(self._copies) or "none")

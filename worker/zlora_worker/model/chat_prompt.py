@@ -25,7 +25,7 @@ def read_chat(pipeline: Any, family: Family, request: GenerateRequest) -> ReadCh
     would cut off the rest.
     """
     prompts = {"$.prompt": request.prompt}
-    if request.guidance > family.no_guidance:
+    if family.is_guided(request):
         prompts["$.negative_prompt"] = request.negative_prompt
     read = ReadChat([], [])
     for path, text in prompts.items():
@@ -34,7 +34,7 @@ def read_chat(pipeline: Any, family: Family, request: GenerateRequest) -> ReadCh
             raise invalid(path, text, "Expected no LoRA tags, or a worker that resolves them")
         plain = "".join(fragment.text for fragment in parsed.sections[0])
         count = _chat_tokens(pipeline.tokenizer, plain)
-        if family.chat_tokens is not None and count > family.chat_tokens:
+        if family.chat_tokens and count > family.chat_tokens:
             expected = f"Expected at most {family.chat_tokens} tokens with those of the chat"
             raise invalid(path, text, f"{expected}, got {count}")
         receipt = PromptReceipt(

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Final, Self
 
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class BaseDigest(Struct, frozen=True, kw_only=True):
-    """Sha256 of a base's weights, and of the sums by which the same base is recognized."""
+    """Sha256 of a base's weights, and of the quick sums that recognize the same weights."""
 
     base_sha256: str
     sums_sha256: str
@@ -33,7 +34,7 @@ class FileDigest(Struct, frozen=True, kw_only=True):
     def of(cls, path: Path, *, known: "FileDigest | None") -> Self:
         """Return the digest of a file, computed unless it is `known`."""
         with path.open("rb") as file:
-            status = path.stat()
+            status = os.fstat(file.fileno())
             identity = (
                 f"{status.st_dev} {status.st_ino} {status.st_size}"
                 f" {status.st_mtime_ns} {status.st_ctime_ns}"

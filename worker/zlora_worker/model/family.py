@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from zlora.base_limits import BaseLimits
-from zlora.schema import GUIDANCE_SCALE, STEPS
+from zlora.schema import GUIDANCE_SCALE, STEPS, GenerateRequest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,6 +76,10 @@ class Family:
     """True if the denoiser takes lists, and predicts the way from the noise to the image."""
     has_fp32_latents: bool = False
     """True if latents are in fp32, whatever the data type of the weights."""
+
+    def is_guided(self, request: GenerateRequest) -> bool:
+        """Return whether the guidance scale of a request has an effect."""
+        return request.guidance > self.no_guidance
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -262,7 +262,7 @@ def _family_of_folder(folder: Path) -> Family:
         raise ModelUnavailable(f"{folder} has no {_INDEX}: not a pipeline in diffusers' layout")
     found = _families(json.loads(index.read_bytes()), str(folder))
     config = json.loads((folder / found[0].denoiser / "config.json").read_bytes())
-    by_width = base_model.WIDTHS.get(config.get("cross_attention_dim"))
+    by_width = base_model.WIDTHS.get(config.get(found[0].text_width))
     return next((family for family in found if family.name == by_width), found[0])
 
 

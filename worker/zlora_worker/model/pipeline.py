@@ -1,4 +1,4 @@
-"""A base model in memory: merges LoRAs of one job, draws, restores and checks the base weights."""
+"""Lend the base model to one job at a time: merge its LoRAs, draw, restore and check."""
 
 import math
 import time
@@ -80,7 +80,7 @@ class Pipeline:
         """
         self.device, self.state = device, PipelineState.READY
         self._family = family
-        # The one in the modules, and the one whose bytes and facts it has at present.
+        # `resident` owns the modules; `base` is the model whose weights are in them now.
         self.resident = BaseModel(pipeline, family=family, name=name, device=device, known=known)
         self.base = self.resident
         self._next_base: BaseModel | None = None  # while its bytes are copied
@@ -268,6 +268,10 @@ class Pipeline:
         return request.with_defaults(
             steps=self._family.steps, guidance_scale=self._family.guidance_scale
         )
+
+    def is_guided(self, request: GenerateRequest) -> bool:
+        """Return whether the guidance scale of a request has an effect, so far as it is known."""
+        return self._family.is_guided(self.with_defaults(request))
 
     def require_honoured(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` for a field that this base model cannot honour.

@@ -94,7 +94,8 @@ def read_prompts(
     # diffusers skips no layer for the negative prompt.
     prompts = {"$.prompt": (request.prompt, family.text_layer - skip)}
     denoiser = getattr(pipeline, family.denoiser)
-    is_guided = request.guidance > family.no_guidance and denoiser.config.time_cond_proj_dim is None
+    # With this dimension the denoiser reads the guidance scale itself.
+    is_guided = family.is_guided(request) and denoiser.config.time_cond_proj_dim is None
     has_zeros = pipeline.config.get("force_zeros_for_empty_prompt", False)
     is_zeros = has_zeros and not request.negative_prompt
     if is_guided and not is_zeros:

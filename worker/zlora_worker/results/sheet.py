@@ -27,7 +27,7 @@ class Row:
 
 
 def tile(image: Image.Image) -> Image.Image:
-    """Return an image in RGB with a longer side of 256 pixels; shorter if that is no multiple."""
+    """Return an image in RGB, enlarged by a whole number to at most 256 pixels, or shrunk."""
     side = max(image.size)
     found = image.convert("RGB")
     if side > TILE:

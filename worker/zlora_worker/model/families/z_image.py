@@ -39,7 +39,14 @@ Z_IMAGE: Final = Family(
     steps=9,
     guidance_scale=0.0,
     no_guidance=0.0,
-    limits=BaseLimits(side_step=16, prompts="chat"),
+    limits=BaseLimits(
+        side_step=16,
+        prompts="chat",
+        unread_guidance=0.0,
+        has_text_loras=False,
+        has_unet_blocks=False,
+        upscales_latents=False,
+    ),
     # The pipelines give noise levels and a shift to the scheduler, and no generator.
     schedulers=("flow_match_euler",),
     noising="scale_noise",
