@@ -35,7 +35,7 @@ from zlora.server.a1111_fields import (
     renamed,
     request_of,
 )
-from zlora.server.endpoint import Api, Call, Endpoint, Handler, json_answer
+from zlora.server.endpoint import MAX_IMAGE_BODY, Api, Call, Endpoint, Handler, json_answer
 from zlora.server.infotext import PARAMETERS, pairs_of, texts_of
 from zlora.server.problems import NotFound, NotSupported
 
@@ -45,7 +45,6 @@ _MOST: Final = (
 )
 # Seconds in which a job must start: after that its client, too, has given up.
 _MAX_QUEUED: Final = 3600
-_IMAGE_BODY: Final = 24 * 2**20  # bytes: two images of 8 MiB in base64, and the other fields
 _LEAST_PROGRESS: Final = 0.01  # of a job that has not ended; 0 is for none
 _HASH_DIGITS: Final = 10
 _PARTS: Final = re.compile(r"[^.\[\]$?]+")
@@ -230,13 +229,17 @@ async def read_png_info(call: Call) -> Response:
         raise invalid("$", document, "Expected an object with `image`")
     if not isinstance(document["image"], str):
         raise invalid("$.image", document["image"], "Expected an image in base64")
+    return json_answer(await asyncio.to_thread(_png_info, document["image"]))
+
+
+def _png_info(image: str) -> dict[str, Any]:
     try:
-        texts = texts_of(_decoded(document["image"], "$.image"))
+        texts = texts_of(_decoded(image, "$.image"))
+        infotext = texts.pop(PARAMETERS, "")
+        pairs = pairs_of(infotext) if infotext else {}
     except ValueError as error:
         raise invalid("$.image", "no such file", str(error)) from None
-    infotext = texts.pop(PARAMETERS, "")
-    pairs = pairs_of(infotext) if infotext else {}
-    return json_answer({"info": infotext, "items": texts, "parameters": pairs})
+    return {"info": infotext, "items": texts, "parameters": pairs}
 
 
 async def _draw(call: Call, fields: Fields, images: dict[str, Any]) -> Response:
@@ -307,7 +310,8 @@ async def _asset(call: Call, text: str, path: str) -> dict[str, Any]:
     """Return the address of an image, which is a URL or base64."""
     if text.startswith(("https://", "http://")):
         return {"url": text}
-    return to_dict(await call.service.upload(call.caller, _decoded(text, path)))
+    data = await asyncio.to_thread(_decoded, text, path)
+    return to_dict(await call.service.upload(call.caller, data))
 
 
 def _decoded(text: str, path: str) -> bytes:
@@ -449,7 +453,7 @@ A1111: Final = Api(
     "a1111",
     (
         Endpoint("POST", f"{_PREFIX}/txt2img", txt2img, body=Txt2Img),
-        Endpoint("POST", f"{_PREFIX}/img2img", img2img, body=Img2Img, max_body=_IMAGE_BODY),
+        Endpoint("POST", f"{_PREFIX}/img2img", img2img, body=Img2Img, max_body=MAX_IMAGE_BODY),
         Endpoint("GET", f"{_PREFIX}/progress", get_progress, query=ProgressOptions),
         Endpoint("POST", f"{_PREFIX}/interrupt", interrupt),
         Endpoint("POST", f"{_PREFIX}/skip", skip),
@@ -461,13 +465,13 @@ A1111: Final = Api(
         Endpoint("POST", f"{_PREFIX}/options", set_options),
         Endpoint("GET", f"{_PREFIX}/upscalers", list_upscalers),
         Endpoint("GET", f"{_PREFIX}/latent-upscale-modes", list_latent_upscale_modes),
-        Endpoint("POST", f"{_PREFIX}/png-info", read_png_info, max_body=_IMAGE_BODY),
+        Endpoint("POST", f"{_PREFIX}/png-info", read_png_info, max_body=MAX_IMAGE_BODY),
         *(
             Endpoint(method, f"{_PREFIX}/{path}", _constant(name, summary, answer))
             for method, path, name, summary, answer in _CONSTANT
         ),
         *(
-            Endpoint("POST", f"{_PREFIX}/{path}", _not_supported(name, what), max_body=_IMAGE_BODY)
+            Endpoint("POST", f"{_PREFIX}/{path}", _not_supported(name, what), max_body=MAX_IMAGE_BODY)
             for path, name, what in _REFUSED
         ),
     ),

@@ -176,7 +176,7 @@ class _Entry:
             else:
                 server.load.require_room()
                 caller = await server.caller(self._api, request, opened)
-            answer = await self._endpoint.handler(Call(request, caller, server.service))
+            answer = await self._endpoint.handler(Call(request, caller, server.service, opened.hold))
             opened.hold_answer(answer)
         except ZloraError as error:
             return self._api.error(problems.public(error))

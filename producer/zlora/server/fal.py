@@ -4,6 +4,7 @@
 what is done with each field.
 """
 
+import asyncio
 import base64
 import binascii
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -23,10 +24,9 @@ from zlora.errors import InvalidRequest, JobExpired, JobUnknown, ResultTimeout, 
 from zlora.handle import has_ended
 from zlora.schema import Cancellation, GenerateResult, JobState, JobStatus, invalid
 from zlora.server import events, problems
-from zlora.server.endpoint import Api, Call, Endpoint, json_answer
+from zlora.server.endpoint import MAX_IMAGE_BODY, Api, Call, Endpoint, json_answer
 from zlora.server.problems import NotFound
 
-_MAX_BODY: Final = 24 * 2**20  # bytes: two images of 8 MiB in base64, and the other fields
 _TIMEOUT: Final = "x-fal-request-timeout"
 _PRIORITY: Final = "x-fal-queue-priority"
 _HINT: Final = "x-fal-runner-hint"  # has no effect: all workers of a queue are alike
@@ -150,7 +150,8 @@ async def _submit(
         for name in fal.IMAGES if isinstance(document, dict) else ():
             address = document.get(name)
             if isinstance(address, str) and address.startswith("data:"):
-                asset = await call.service.upload(call.caller, _decoded(address, f"$.{name}"))
+                data = await asyncio.to_thread(_decoded, address, f"$.{name}")
+                asset = await call.service.upload(call.caller, data)
                 document = {**document, name: asset.address}
         request = fal.to_request(document, app=app)
         # Base models that read a chat have no previews.
@@ -341,7 +342,7 @@ FAL: Final = Api(
             stream,
             body=_DOCUMENT,
             media_type=events.MEDIA_TYPE,
-            max_body=_MAX_BODY,
+            max_body=MAX_IMAGE_BODY,
         ),
         Endpoint(
             "POST",
@@ -349,7 +350,7 @@ FAL: Final = Api(
             run,
             body=_DOCUMENT,
             answer=_DOCUMENT,
-            max_body=_MAX_BODY,
+            max_body=MAX_IMAGE_BODY,
         ),
         Endpoint("GET", f"{_REQUEST}/status", get_status, query=StatusOptions, answer=_DOCUMENT),
         Endpoint(
@@ -368,7 +369,7 @@ FAL: Final = Api(
             query=SubmitOptions,
             body=_DOCUMENT,
             answer=_DOCUMENT,
-            max_body=_MAX_BODY,
+            max_body=MAX_IMAGE_BODY,
         ),
     ),
     _error,

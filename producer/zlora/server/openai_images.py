@@ -105,7 +105,7 @@ async def edit(call: Call) -> Response:
     except HTTPException as error:  # not a form, or too many parts
         raise invalid("$", "the body", f"Expected a form: {error.detail}") from None
     try:
-        document, files = await _read_form(form)
+        document, files = await _read_form(call, form)
     finally:
         await form.close()
     images: dict[str, Any] = {"image": (await call.service.upload(call.caller, files["image"])).url}
@@ -246,7 +246,7 @@ def _size_of(document: Mapping[str, Any]) -> dict[str, int]:
     return {"width": int(found[1]), "height": int(found[2])}
 
 
-async def _read_form(form: FormData) -> tuple[dict[str, Any], dict[str, bytes]]:
+async def _read_form(call: Call, form: FormData) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return the fields and the files of a form; raise `InvalidRequest`."""
     document: dict[str, Any] = {}
     files: dict[str, bytes] = {}
@@ -263,18 +263,18 @@ async def _read_form(form: FormData) -> tuple[dict[str, Any], dict[str, bytes]]:
         elif name in document:
             raise invalid(f"$.{name[:80]}", "several parts", "Expected one value")
         else:
-            document[name] = value if name in _TEXTS else _parsed(value)
+            document[name] = value if name in _TEXTS else _parsed(call, name, value)
     if "image" not in files:
         raise invalid("$.image", None, "Expected a file")
     return document, files
 
 
-def _parsed(text: str) -> Any:
+def _parsed(call: Call, name: str, text: str) -> Any:
     """Return the value of a part of a form: that of its JSON, else the text; None if empty."""
     if not text:
         return None
     try:
-        return msgspec.json.decode(text)
+        return call.decoded(text.encode(), f"$.{name[:80]}")
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
         return text
 

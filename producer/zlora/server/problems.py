@@ -76,7 +76,7 @@ class BodyTimeout(ZloraError):
 class TooManyRequests(ZloraError):
     """This API key has made too many requests in the last minute, or has too many open ones.
 
-    Details: `retry_after` in seconds.
+    Details: `retry_after` in seconds, for the former.
     """
 
     code = "too_many_requests"
