@@ -38,6 +38,7 @@ from zlora.server.a1111_fields import (
 from zlora.server.endpoint import MAX_IMAGE_BODY, Api, Call, Endpoint, Handler, json_answer
 from zlora.server.infotext import PARAMETERS, pairs_of, texts_of
 from zlora.server.problems import NotFound, NotSupported
+from zlora.server.tenants import model_names
 
 _LABELS: Final = {"api": "a1111"}
 _MOST: Final = (
@@ -82,7 +83,7 @@ async def img2img(call: Call) -> Response:
 
 
 async def get_progress(call: Call) -> Response:
-    """Return the progress of the caller's newest job of this API that runs, else of one that waits.
+    """Return the progress of the newest running job of this API, else of the newest waiting one.
 
     `progress` and `job_count` are 0 if there is none.
     """
@@ -160,17 +161,13 @@ async def list_loras(call: Call) -> Response:
     if names is None:
         raise NotSupported("the catalogue has more than 1,000 names, which are not listed")
     rows = [
-        {"name": name, "alias": name, "path": f"lora://{name}", "metadata": {}}
-        for name in names
-        if call.caller.tenant.may_name(name)
+        {"name": name, "alias": name, "path": f"lora://{name}", "metadata": {}} for name in names
     ]
     return json_answer(rows)
 
 
 async def list_models(call: Call) -> Response:
     """List the base models that the caller may use."""
-    info = await _info(call)
-    allowed = call.caller.tenant.models
     rows = [
         {
             "title": name,
@@ -180,8 +177,7 @@ async def list_models(call: Call) -> Response:
             "filename": name,
             "config": None,
         }
-        for name in info.models or (info.model,)
-        if allowed is None or name in allowed
+        for name in model_names(await _info(call))
     ]
     return json_answer(rows)
 
@@ -311,7 +307,7 @@ async def _asset(call: Call, text: str, path: str) -> dict[str, Any]:
     if text.startswith(("https://", "http://")):
         return {"url": text}
     data = await asyncio.to_thread(_decoded, text, path)
-    return to_dict(await call.service.upload(call.caller, data))
+    return to_dict(await call.service.upload(call.caller, data, path=path))
 
 
 def _decoded(text: str, path: str) -> bytes:
@@ -471,7 +467,9 @@ A1111: Final = Api(
             for method, path, name, summary, answer in _CONSTANT
         ),
         *(
-            Endpoint("POST", f"{_PREFIX}/{path}", _not_supported(name, what), max_body=MAX_IMAGE_BODY)
+            Endpoint(
+                "POST", f"{_PREFIX}/{path}", _not_supported(name, what), max_body=MAX_IMAGE_BODY
+            )
             for path, name, what in _REFUSED
         ),
     ),

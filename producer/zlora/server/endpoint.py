@@ -141,7 +141,7 @@ class Call:
             elif values:
                 document[field.name] = values[0]
         if unknown := set(given) - {field.name for field in structs.fields(kind)}:
-            names = ", ".join(field.name for field in structs.fields(kind))
+            names = ", ".join(field.name for field in structs.fields(kind)) or "none"
             name = min(unknown)
             raise invalid(f"?{name[:80]}", given[name], f"Expected no parameter but {names}")
         try:
@@ -149,7 +149,7 @@ class Call:
         except msgspec.ValidationError as error:
             expected, _, place = str(error).partition(" - at `$.")
             name = place.rstrip("`").partition("[")[0]
-            raise invalid(f"?{name}", given.getlist(name), expected) from None
+            raise invalid(f"?{name}", document[name], expected) from None
 
     def header(self, name: str) -> str | None:
         """Return a header of up to 1,000 characters; raise `InvalidRequest` for a longer one."""
@@ -158,6 +158,10 @@ class Call:
             expected = f"Expected at most {_MAX_HEADER} characters"
             raise invalid(name, f"{len(value)} characters", expected)
         return value
+
+
+class NoOptions(Struct, frozen=True, kw_only=True):
+    """A query without parameters."""
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -170,6 +174,7 @@ class Endpoint(NamedTuple):
     path: str
     handler: Handler
     query: type[Struct] | None = None
+    """Type of the query; None for one without parameters."""
     body: Any = None
     """Type of the JSON body; None for none."""
     takes: str = ""
