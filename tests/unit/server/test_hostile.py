@@ -365,6 +365,7 @@ def test_what_is_not_http_has_an_answer(door: Door, name: str) -> None:
         codes = {400: "not_http", 404: "not_found", 431: "headers_too_large"}
         assert json.loads(rest)["code"] == codes[status]
         assert b"application/problem+json" in head
+    assert "Invalid HTTP request" not in door.log.read_text()
     with door.client() as client:
         assert client.get("/health/live").status_code == 200
 
