@@ -200,11 +200,11 @@ class Service:
         Raises `BodyTooLarge` beyond 8 MiB, and `InvalidRequest`, with this `path`, for bytes of
         another format than workers read.
         """
-        if not _IMAGE.match(data):
-            raise invalid(path, f"{len(data)} bytes", "Expected the bytes of a PNG, JPEG or WebP")
         if len(data) > uploads.MAX_BYTES:
             message = f"the image has more than {uploads.MAX_BYTES} bytes"
             raise BodyTooLarge(message, {"max_bytes": uploads.MAX_BYTES})
+        if not _IMAGE.match(data):
+            raise invalid(path, f"{len(data)} bytes", "Expected the bytes of a PNG, JPEG or WebP")
         sha256 = await self._run(partial(self._uploads.add, caller.name, data))
         return Asset(url=f"upload:{sha256}")
 
