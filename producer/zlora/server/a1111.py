@@ -37,7 +37,7 @@ from zlora.server.a1111_fields import (
 )
 from zlora.server.endpoint import MAX_IMAGE_BODY, Api, Call, Endpoint, Handler, json_answer
 from zlora.server.infotext import PARAMETERS, pairs_of, texts_of
-from zlora.server.problems import NotFound, NotSupported
+from zlora.server.problems import NotSupported
 from zlora.server.tenants import model_names
 
 _LABELS: Final = {"api": "a1111"}
@@ -130,7 +130,7 @@ async def skip(call: Call) -> Response:
 
 async def list_samplers(call: Call) -> Response:
     """List the samplers that the queue's base model can have."""
-    names = (await _info(call)).schedulers
+    names = (await call.queue_info()).schedulers
     rows = [
         {"name": entry.sampler, "aliases": [name, *entry.names], "options": {}}
         for name, entry in SCHEDULERS.items()
@@ -157,7 +157,7 @@ async def list_schedulers(_call: Call) -> Response:
 
 async def list_loras(call: Call) -> Response:
     """List the LoRAs of the catalogue that the caller may use, for `<lora:name:weight>`."""
-    names = (await _info(call)).catalogue
+    names = (await call.queue_info()).catalogue
     if names is None:
         raise NotSupported("the catalogue has more than 1,000 names, which are not listed")
     rows = [
@@ -177,14 +177,14 @@ async def list_models(call: Call) -> Response:
             "filename": name,
             "config": None,
         }
-        for name in model_names(await _info(call))
+        for name in model_names(await call.queue_info())
     ]
     return json_answer(rows)
 
 
 async def get_options(call: Call) -> Response:
     """Return the settings that have a meaning here."""
-    return json_answer(_options(await _info(call)))
+    return json_answer(_options(await call.queue_info()))
 
 
 async def set_options(call: Call) -> Response:
@@ -196,7 +196,7 @@ async def set_options(call: Call) -> Response:
     given = await call.document()
     if not isinstance(given, dict):
         raise invalid("$", given, "Expected an object")
-    options = _options(await _info(call))
+    options = _options(await call.queue_info())
     for name, value in given.items():
         if name not in options:
             raise invalid(f"$.{name[:80]}", value, f"Expected no setting but {', '.join(options)}")
@@ -328,7 +328,7 @@ async def _unfinished(call: Call) -> dict[str, JobStatus]:
     page = await call.service.jobs(call.caller, labels=_LABELS, limit=_MOST, cursor=0)
 
     async def status(job_id: str) -> JobStatus:
-        return await (await call.service.job(call.caller, job_id)).status()
+        return await call.service.handle(job_id).status()
 
     statuses = await asyncio.gather(*map(status, page.jobs))
     found = dict(zip(page.jobs, statuses, strict=True))
@@ -347,12 +347,6 @@ async def _cancel(call: Call) -> None:
 
 def _is_running(status: JobStatus) -> bool:
     return status.state is not JobState.PENDING
-
-
-async def _info(call: Call) -> QueueInfo:
-    if (info := await call.service.queue_info(call.caller)) is None:
-        raise NotFound("no worker of this queue has run in the last hour")
-    return info
 
 
 def _options(info: QueueInfo) -> dict[str, Any]:

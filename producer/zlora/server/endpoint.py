@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from zlora.async_client import AsyncJobHandle
 from zlora.errors import InvalidRequest, ZloraError
+from zlora.queue_info import QueueInfo
 from zlora.schema import GenerateResult, invalid
 from zlora.server import problems
 from zlora.server.service import Caller, Service
@@ -47,6 +48,12 @@ class Call:
     def base_url(self) -> str:
         """URL of this server, as the operator or else the request names it."""
         return self.service.base_url or str(self.request.base_url).rstrip("/")
+
+    async def queue_info(self) -> QueueInfo:
+        """Return what the queue serves and the caller may use; raise `NotFound` if unknown."""
+        if (info := await self.service.queue_info(self.caller)) is None:
+            raise problems.NotFound("no worker of this queue has run in the last hour")
+        return info
 
     async def result(self, handle: AsyncJobHandle) -> GenerateResult:
         """Wait for the result of a job; raise the errors of `JobHandle.result`.

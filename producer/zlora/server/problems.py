@@ -26,7 +26,7 @@ class Unauthorized(ZloraError):
 
 
 class Forbidden(ZloraError):
-    """The API key does not allow this request, or a web page of another site has sent it."""
+    """A web page of another site may have sent this request."""
 
     code = "forbidden"
 

@@ -266,6 +266,18 @@ def png_info(text: str) -> tuple[str, bytes]:
     return "/sdapi/v1/png-info", json.dumps({"image": image}).encode()
 
 
+def test_the_fields_of_a_form_are_bounded_too(door: Door) -> None:
+    """They are JSON, each of a size of which a body may have few objects."""
+    dense_field = "[" + "{}," * 300_000 + "{}]"
+    with door.client() as client:
+        answer = client.post(
+            "/v1/images/edits", files={"image": b"x"}, data={"prompt": "x", "loras": dense_field}
+        )
+
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "loras")
+    assert "commas" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("request_of", "statuses"),
     [
