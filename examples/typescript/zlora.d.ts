@@ -11,7 +11,7 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** List the jobs that were submitted with this API key's tenant, the newest first. */
+        /** Return a page of the tenant's jobs, the newest first. */
         get: operations["list_jobs"];
         put?: never;
         /**
@@ -431,7 +431,7 @@ export interface paths {
             cookie?: never;
         };
         /**
-         * Return the progress of the caller's newest job of this API that runs, else of one that waits.
+         * Return the progress of the newest running job of this API, else of the newest waiting one.
          * @description `progress` and `job_count` are 0 if there is none.
          */
         get: operations["a1111_get_progress"];

@@ -49,6 +49,11 @@ PAGES: Final = (
 SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
 
 
+def jpeg_of_8_mib(number: int) -> bytes:
+    """Return an upload that is different for each number."""
+    return (b"\xff\xd8\xff" + bytes([number])).ljust(uploads.MAX_BYTES, b"\0")
+
+
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedRedis]:
     with GuardedRedis(tmp_path_factory.mktemp("broker")) as running:
@@ -181,7 +186,7 @@ def ask_server(broker: GuardedRedis, folder: Path) -> dict[str, int | str]:
             "cancelled": ask("POST", f"/v1/jobs/{job['id']}/cancel").json()["was"],
             "refused": submit("no", "?expires_in=-1").status_code,
             "uploaded, until the first is dropped": max(
-                ask("POST", "/v1/uploads", content=bytes([number]) * uploads.MAX_BYTES).status_code
+                ask("POST", "/v1/uploads", content=jpeg_of_8_mib(number)).status_code
                 for number in range(uploads.MAX_TENANT_BYTES // uploads.MAX_BYTES + 1)
             ),
             "queue": ask("GET", "/v1/queue").status_code,

@@ -1,5 +1,6 @@
 """The HTTP server through outages: of the broker, of its data, and of the server itself."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from zlora.async_client import AsyncClient
 async def submit(*_, **__): os._exit(9)
 AsyncClient.submit = submit
 """
+SHORT_OUTAGES: Final = "import zlora.handle; zlora.handle._OUTAGE = 1.0"
 
 
 @pytest.fixture
@@ -124,6 +126,34 @@ def test_a_stream_of_events_outlasts_a_restart_of_the_broker(
             result = msgspec.to_builtins(fake_result(job_id, parse_request(REQUEST)))
             app.backend.store_result(job_id, result, "SUCCESS")
         assert any(line == "event: end" for line in lines)
+
+
+def test_streams_of_fal_end_with_the_outage(valkey: Valkey, tmp_path: Path, queue: str) -> None:
+    """Their last event is an error, as fal's clients read it, without the broker's address."""
+    log = tmp_path / "log"
+    with (
+        running(valkey.url, log=log, first=SHORT_OUTAGES, ZLORA_QUEUE=queue) as server,
+        server.client() as client,
+    ):
+        app = "fal-ai/fast-sdxl"
+        job = client.post(f"/fal/queue/{app}", json=REQUEST).json()
+        with (
+            client.stream("GET", f"{job['status_url']}/stream") as status,
+            client.stream("POST", f"/fal/run/{app}/stream", json=REQUEST) as progress,
+        ):
+            streams = [(stream, stream.iter_lines()) for stream in (status, progress)]
+            assert all(next(lines).startswith("data: ") for _, lines in streams)
+            valkey.kill()
+            try:
+                last = [[line for line in lines if line][-1] for _, lines in streams]
+            finally:
+                valkey.start()
+
+    for line in last:
+        document = json.loads(line.removeprefix("data: "))
+        assert document["error"] == "the queue does not answer"
+        assert str(valkey.port) not in line
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_server_that_is_killed_loses_nothing(

@@ -244,7 +244,7 @@ def test_each_endpoint_of_the_page_has_its_defaults(client: Any, worker: InlineW
     }
 
 
-WRONG_IMAGES: Final = ("data:,", "data:;base64,?", "upload:" + "0" * 64)
+WRONG_IMAGES: Final = ("data:,", "data:;base64,?", "data:,%3Csvg/%3E", "upload:" + "0" * 64)
 WRONG: Final = [
     (SDXL, {}, ["body"]),
     (SDXL, ["x"], ["body"]),
@@ -254,6 +254,16 @@ WRONG: Final = [
     (SDXL, {"prompt": "x", "image_size": "auto"}, ["body", "image_size"]),
     (SDXL, {"prompt": "x", "format": "png", "output_format": "png"}, ["body", "format"]),
     (f"{SDXL}/image-to-image", {"prompt": "x"}, ["body", "image_url"]),
+    (
+        SDXL,
+        {"prompt": "x", "timesteps": {"method": "array", "array": [1e300]}},
+        ["body", "timesteps", "array", 0],
+    ),
+    (
+        SDXL,
+        {"prompt": "x", "embeddings": [{"path": URL, "tokens": ["x" * 999]}]},
+        ["body", "embeddings", 0, "tokens"],
+    ),
     *(
         (f"{SDXL}/image-to-image", {"prompt": "x", "image_url": address}, ["body", "image_url"])
         for address in WRONG_IMAGES
@@ -480,8 +490,9 @@ def test_an_image_as_a_data_uri_is_uploaded(client: Any, worker: InlineWorker) -
         assert kept == data
 
 
-def test_a_client_that_goes_cancels_its_job(client: Any, worker: InlineWorker) -> None:
-    url = f"https://{os.environ['FAL_RUN_HOST']}/{SDXL}"
+@pytest.mark.parametrize("path", ["", "/stream"])
+def test_a_client_that_goes_cancels_its_job(client: Any, worker: InlineWorker, path: str) -> None:
+    url = f"https://{os.environ['FAL_RUN_HOST']}/{SDXL}{path}"
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url, json={"prompt": "x"}, timeout=1)
 

@@ -312,7 +312,7 @@ def test_the_fields_of_a_form_are_those_of_json(
     ("fields", "param"),
     [
         ({"image": [file_of(picture()), file_of(picture())]}, "image"),
-        ({"image": b""}, None),
+        ({"image": b""}, "image"),
         ({"mask": file_of(picture())}, "mask"),
         ({"mask": b"no image"}, "mask"),
         ({"extra_body": {"loras": LORAS}}, "loras"),

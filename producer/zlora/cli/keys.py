@@ -19,7 +19,7 @@ from zlora.redaction import on_one_line
 from zlora.schema import invalid
 from zlora.server import tenants
 from zlora.server.settings import key_file
-from zlora.server.tenants import MAX_JOBS, TENANT_NAME, Key, KeyFile, Tenant, check_source
+from zlora.server.tenants import MAX_JOBS, Key, KeyFile, Tenant, check_source, check_tenant
 
 
 @click.group()
@@ -69,9 +69,10 @@ def add(
     The limits are those of all keys of the tenant. Those that are not given stay as they are; a new
     tenant has none.
     """
-    if not TENANT_NAME.fullmatch(tenant):
-        expected = "Expected 1 to 40 characters of A-Z, a-z, 0-9, _ and -"
-        raise invalid("TENANT", tenant, expected)
+    try:
+        check_tenant(tenant)
+    except ValueError as error:
+        raise invalid("TENANT", tenant, str(error)) from None
     for source in sources:
         try:
             check_source(source)

@@ -263,7 +263,7 @@ def _fields(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fal_path(path: str, document: Mapping[str, Any]) -> str:
-    """Return the path in fal's document of a path in our request."""
+    """Return the path in fal's document of a path in our request; one of fal's stays as it is."""
     names = {our: name for name, our in IMAGES.items()}
     names |= {our: name for name, our in _NAMES.items() if name in document}
     names |= {side: f"image_size.{side}" for side in ("width", "height")}
@@ -273,9 +273,9 @@ def _fal_path(path: str, document: Mapping[str, Any]) -> str:
     if first in IMAGES.values():
         return f"$.{names[first]}"
     after = "".join(rest).replace(".file.url", ".path").replace("].weight", "].scale")
-    after = re.sub(r"\]\.file$", "].path", after).replace("].token", "].tokens")
+    after = re.sub(r"\]\.token$", "].tokens", re.sub(r"\]\.file$", "].path", after))
     if first in _LEVELS:
-        after = after.replace("[", ".array[")
+        after = re.sub(r"^\[", ".array[", after)
     return f"$.{names.get(first, first)}{after}"
 
 

@@ -35,9 +35,10 @@ from zlora.server.a1111_fields import (
     renamed,
     request_of,
 )
-from zlora.server.endpoint import Api, Call, Endpoint, Handler, json_answer
+from zlora.server.endpoint import MAX_IMAGE_BODY, Api, Call, Endpoint, Handler, json_answer
 from zlora.server.infotext import PARAMETERS, pairs_of, texts_of
-from zlora.server.problems import NotFound, NotSupported
+from zlora.server.problems import NotSupported
+from zlora.server.tenants import model_names
 
 _LABELS: Final = {"api": "a1111"}
 _MOST: Final = (
@@ -45,7 +46,6 @@ _MOST: Final = (
 )
 # Seconds in which a job must start: after that its client, too, has given up.
 _MAX_QUEUED: Final = 3600
-_IMAGE_BODY: Final = 24 * 2**20  # bytes: two images of 8 MiB in base64, and the other fields
 _LEAST_PROGRESS: Final = 0.01  # of a job that has not ended; 0 is for none
 _HASH_DIGITS: Final = 10
 _PARTS: Final = re.compile(r"[^.\[\]$?]+")
@@ -83,7 +83,7 @@ async def img2img(call: Call) -> Response:
 
 
 async def get_progress(call: Call) -> Response:
-    """Return the progress of the caller's newest job of this API that runs, else of one that waits.
+    """Return the progress of the newest running job of this API, else of the newest waiting one.
 
     `progress` and `job_count` are 0 if there is none.
     """
@@ -130,7 +130,7 @@ async def skip(call: Call) -> Response:
 
 async def list_samplers(call: Call) -> Response:
     """List the samplers that the queue's base model can have."""
-    names = (await _info(call)).schedulers
+    names = (await call.queue_info()).schedulers
     rows = [
         {"name": entry.sampler, "aliases": [name, *entry.names], "options": {}}
         for name, entry in SCHEDULERS.items()
@@ -157,21 +157,17 @@ async def list_schedulers(_call: Call) -> Response:
 
 async def list_loras(call: Call) -> Response:
     """List the LoRAs of the catalogue that the caller may use, for `<lora:name:weight>`."""
-    names = (await _info(call)).catalogue
+    names = (await call.queue_info()).catalogue
     if names is None:
         raise NotSupported("the catalogue has more than 1,000 names, which are not listed")
     rows = [
-        {"name": name, "alias": name, "path": f"lora://{name}", "metadata": {}}
-        for name in names
-        if call.caller.tenant.may_name(name)
+        {"name": name, "alias": name, "path": f"lora://{name}", "metadata": {}} for name in names
     ]
     return json_answer(rows)
 
 
 async def list_models(call: Call) -> Response:
     """List the base models that the caller may use."""
-    info = await _info(call)
-    allowed = call.caller.tenant.models
     rows = [
         {
             "title": name,
@@ -181,15 +177,14 @@ async def list_models(call: Call) -> Response:
             "filename": name,
             "config": None,
         }
-        for name in info.models or (info.model,)
-        if allowed is None or name in allowed
+        for name in model_names(await call.queue_info())
     ]
     return json_answer(rows)
 
 
 async def get_options(call: Call) -> Response:
     """Return the settings that have a meaning here."""
-    return json_answer(_options(await _info(call)))
+    return json_answer(_options(await call.queue_info()))
 
 
 async def set_options(call: Call) -> Response:
@@ -201,7 +196,7 @@ async def set_options(call: Call) -> Response:
     given = await call.document()
     if not isinstance(given, dict):
         raise invalid("$", given, "Expected an object")
-    options = _options(await _info(call))
+    options = _options(await call.queue_info())
     for name, value in given.items():
         if name not in options:
             raise invalid(f"$.{name[:80]}", value, f"Expected no setting but {', '.join(options)}")
@@ -230,13 +225,17 @@ async def read_png_info(call: Call) -> Response:
         raise invalid("$", document, "Expected an object with `image`")
     if not isinstance(document["image"], str):
         raise invalid("$.image", document["image"], "Expected an image in base64")
+    return json_answer(await asyncio.to_thread(_png_info, document["image"]))
+
+
+def _png_info(image: str) -> dict[str, Any]:
     try:
-        texts = texts_of(_decoded(document["image"], "$.image"))
+        texts = texts_of(_decoded(image, "$.image"))
+        infotext = texts.pop(PARAMETERS, "")
+        pairs = pairs_of(infotext) if infotext else {}
     except ValueError as error:
         raise invalid("$.image", "no such file", str(error)) from None
-    infotext = texts.pop(PARAMETERS, "")
-    pairs = pairs_of(infotext) if infotext else {}
-    return json_answer({"info": infotext, "items": texts, "parameters": pairs})
+    return {"info": infotext, "items": texts, "parameters": pairs}
 
 
 async def _draw(call: Call, fields: Fields, images: dict[str, Any]) -> Response:
@@ -307,7 +306,8 @@ async def _asset(call: Call, text: str, path: str) -> dict[str, Any]:
     """Return the address of an image, which is a URL or base64."""
     if text.startswith(("https://", "http://")):
         return {"url": text}
-    return to_dict(await call.service.upload(call.caller, _decoded(text, path)))
+    data = await asyncio.to_thread(_decoded, text, path)
+    return to_dict(await call.service.upload(call.caller, data, path=path))
 
 
 def _decoded(text: str, path: str) -> bytes:
@@ -328,7 +328,7 @@ async def _unfinished(call: Call) -> dict[str, JobStatus]:
     page = await call.service.jobs(call.caller, labels=_LABELS, limit=_MOST, cursor=0)
 
     async def status(job_id: str) -> JobStatus:
-        return await (await call.service.job(call.caller, job_id)).status()
+        return await call.service.handle(job_id).status()
 
     statuses = await asyncio.gather(*map(status, page.jobs))
     found = dict(zip(page.jobs, statuses, strict=True))
@@ -347,12 +347,6 @@ async def _cancel(call: Call) -> None:
 
 def _is_running(status: JobStatus) -> bool:
     return status.state is not JobState.PENDING
-
-
-async def _info(call: Call) -> QueueInfo:
-    if (info := await call.service.queue_info(call.caller)) is None:
-        raise NotFound("no worker of this queue has run in the last hour")
-    return info
 
 
 def _options(info: QueueInfo) -> dict[str, Any]:
@@ -449,7 +443,7 @@ A1111: Final = Api(
     "a1111",
     (
         Endpoint("POST", f"{_PREFIX}/txt2img", txt2img, body=Txt2Img),
-        Endpoint("POST", f"{_PREFIX}/img2img", img2img, body=Img2Img, max_body=_IMAGE_BODY),
+        Endpoint("POST", f"{_PREFIX}/img2img", img2img, body=Img2Img, max_body=MAX_IMAGE_BODY),
         Endpoint("GET", f"{_PREFIX}/progress", get_progress, query=ProgressOptions),
         Endpoint("POST", f"{_PREFIX}/interrupt", interrupt),
         Endpoint("POST", f"{_PREFIX}/skip", skip),
@@ -461,13 +455,15 @@ A1111: Final = Api(
         Endpoint("POST", f"{_PREFIX}/options", set_options),
         Endpoint("GET", f"{_PREFIX}/upscalers", list_upscalers),
         Endpoint("GET", f"{_PREFIX}/latent-upscale-modes", list_latent_upscale_modes),
-        Endpoint("POST", f"{_PREFIX}/png-info", read_png_info, max_body=_IMAGE_BODY),
+        Endpoint("POST", f"{_PREFIX}/png-info", read_png_info, max_body=MAX_IMAGE_BODY),
         *(
             Endpoint(method, f"{_PREFIX}/{path}", _constant(name, summary, answer))
             for method, path, name, summary, answer in _CONSTANT
         ),
         *(
-            Endpoint("POST", f"{_PREFIX}/{path}", _not_supported(name, what), max_body=_IMAGE_BODY)
+            Endpoint(
+                "POST", f"{_PREFIX}/{path}", _not_supported(name, what), max_body=MAX_IMAGE_BODY
+            )
             for path, name, what in _REFUSED
         ),
     ),

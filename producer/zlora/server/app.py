@@ -26,8 +26,9 @@ from zlora.broker.uploads import Uploads
 from zlora.errors import InternalError, ZloraError
 from zlora.server import metrics, openapi, page, problems
 from zlora.server.a1111 import A1111
-from zlora.server.endpoint import CLOSING, Api, Call, Endpoint, json_answer
+from zlora.server.endpoint import CLOSING, Api, Call, Endpoint, NoOptions, json_answer
 from zlora.server.fal import FAL
+from zlora.server.fal import HEADERS as FAL_HEADERS
 from zlora.server.job_index import JobIndex
 from zlora.server.load import Load, OpenRequest
 from zlora.server.native import NATIVE
@@ -138,8 +139,8 @@ def make_app(settings: ServerSettings) -> Starlette:
                 CORSMiddleware,
                 allow_origins=sorted(settings.origins),
                 allow_methods=["GET", "POST", "PUT", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
-                expose_headers=["Location", "Retry-After"],
+                allow_headers=["*"],  # clients of OpenAI's and fal's have a dozen of their own
+                expose_headers=["Location", "Retry-After", *FAL_HEADERS],
             )
         )
     app = Starlette(
@@ -169,14 +170,15 @@ class _Entry:
             await answer(scope, receive, opened.in_pieces(send))
 
     async def _answer(self, request: Request, opened: OpenRequest) -> Response:
-        server = self._server
+        server, caller = self._server, NOBODY
         try:
-            if self._endpoint.is_public:
-                caller = NOBODY
-            else:
+            if not self._endpoint.is_public:
                 server.load.require_room()
                 caller = await server.caller(self._api, request, opened)
-            answer = await self._endpoint.handler(Call(request, caller, server.service))
+            call = Call(request, caller, server.service, opened.hold)
+            if self._endpoint.query is None and not self._endpoint.is_public:
+                call.query(NoOptions)
+            answer = await self._endpoint.handler(call)
             opened.hold_answer(answer)
         except ZloraError as error:
             return self._api.error(problems.public(error))

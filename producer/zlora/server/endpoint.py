@@ -1,7 +1,4 @@
-"""An address of an API: what it takes and returns, and the function that answers.
-
-Routes and the OpenAPI document are both made from these.
-"""
+"""A request as handlers see it, and the table from which routes and OpenAPI are made."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,6 +12,7 @@ from starlette.responses import Response
 
 from zlora.async_client import AsyncJobHandle
 from zlora.errors import InvalidRequest, ZloraError
+from zlora.queue_info import QueueInfo
 from zlora.schema import GenerateResult, invalid
 from zlora.server import problems
 from zlora.server.service import Caller, Service
@@ -23,15 +21,23 @@ S = TypeVar("S", bound=Struct)
 T = TypeVar("T")
 
 MAX_BODY: Final = 2**20  # bytes; the largest request that the queue accepts has half of it
+MAX_IMAGE_BODY: Final = 24 * 2**20  # bytes: two images of 8 MiB in base64, and other fields
 CLOSING: Final = "closing"  # name of an event in the state of the application (ASGI lifespan)
+_MARKS: Final = (b",", b"[", b"{")  # before each value of a JSON document but that of a name
+_MAX_MARKS: Final = 65_536  # in a JSON document; a large sweep has thousands
+_MARK_SIZE: Final = 256  # bytes in memory of a name and its value, an empty object, at most
+_WIDE: Final = 4  # bytes of each letter of a text with one letter beyond 65,535
 _MAX_HEADER: Final = 1000  # characters of a header that is an idempotency key or an event's id
 
 
 class Call:
     """One request to an endpoint, for its caller."""
 
-    def __init__(self, request: Request, caller: Caller, service: Service) -> None:
-        self.request, self.caller, self.service = request, caller, service
+    def __init__(
+        self, request: Request, caller: Caller, service: Service, hold: Callable[[int], None]
+    ) -> None:
+        """Take `hold`, which counts bytes in memory until the request ends."""
+        self.request, self.caller, self.service, self._hold = request, caller, service, hold
 
     @property
     def job_id(self) -> str:
@@ -42,6 +48,12 @@ class Call:
     def base_url(self) -> str:
         """URL of this server, as the operator or else the request names it."""
         return self.service.base_url or str(self.request.base_url).rstrip("/")
+
+    async def queue_info(self) -> QueueInfo:
+        """Return what the queue serves and the caller may use; raise `NotFound` if unknown."""
+        if (info := await self.service.queue_info(self.caller)) is None:
+            raise problems.NotFound("no worker of this queue has run in the last hour")
+        return info
 
     async def result(self, handle: AsyncJobHandle) -> GenerateResult:
         """Wait for the result of a job; raise the errors of `JobHandle.result`.
@@ -55,7 +67,10 @@ class Call:
             raise
 
     async def body(self) -> bytes:
-        """Return the body, once; raise `BodyTooLarge`, `BodyTimeout` or `Overloaded`."""
+        """Return the body, once.
+
+        Raises `BodyTooLarge`, `BodyTimeout`, `Overloaded` or `TooManyRequests`.
+        """
         # `Request.body` would keep all of it while the request waits for a job.
         return b"".join([piece async for piece in self.request.stream()])
 
@@ -64,16 +79,28 @@ class Call:
         return await self.request.form(max_files=max_files, max_fields=max_fields)
 
     async def document(self) -> Any:
-        """Return the JSON body.
-
-        Raises `InvalidRequest`, `BodyTooLarge`, `BodyTimeout` or `Overloaded`.
-        """
+        """Return the JSON body; raise `InvalidRequest`, and the errors of `body`."""
         body = await self.body()
         try:
-            return msgspec.json.decode(body)
+            return self.decoded(body, "$")
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             details = {"path": "$", "expected": "a JSON document"}
             raise InvalidRequest(f"$: Expected a JSON document: {error}", details) from None
+
+    def decoded(self, data: bytes, path: str) -> Any:
+        """Return the JSON document in a part of the body, and count its memory.
+
+        An empty object takes three bytes there, and a hundred times as many here. Raises
+        `InvalidRequest` for too many values, `Overloaded`, `TooManyRequests`, and what msgspec
+        raises for what is not JSON.
+        """
+        marks = sum(map(data.count, _MARKS))
+        if marks > _MAX_MARKS:
+            expected = f"Expected at most {_MAX_MARKS} commas and opening brackets"
+            raise invalid(path, f"a text with {marks}", expected)
+        is_wide = not data.isascii() or rb"\u" in data
+        self._hold(marks * _MARK_SIZE + (_WIDE * len(data) if is_wide else 0))
+        return msgspec.json.decode(data)
 
     @property
     def closing(self) -> asyncio.Event:
@@ -121,7 +148,7 @@ class Call:
             elif values:
                 document[field.name] = values[0]
         if unknown := set(given) - {field.name for field in structs.fields(kind)}:
-            names = ", ".join(field.name for field in structs.fields(kind))
+            names = ", ".join(field.name for field in structs.fields(kind)) or "none"
             name = min(unknown)
             raise invalid(f"?{name[:80]}", given[name], f"Expected no parameter but {names}")
         try:
@@ -129,7 +156,7 @@ class Call:
         except msgspec.ValidationError as error:
             expected, _, place = str(error).partition(" - at `$.")
             name = place.rstrip("`").partition("[")[0]
-            raise invalid(f"?{name}", given.getlist(name), expected) from None
+            raise invalid(f"?{name}", document[name], expected) from None
 
     def header(self, name: str) -> str | None:
         """Return a header of up to 1,000 characters; raise `InvalidRequest` for a longer one."""
@@ -138,6 +165,10 @@ class Call:
             expected = f"Expected at most {_MAX_HEADER} characters"
             raise invalid(name, f"{len(value)} characters", expected)
         return value
+
+
+class NoOptions(Struct, frozen=True, kw_only=True):
+    """A query without parameters."""
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -150,6 +181,7 @@ class Endpoint(NamedTuple):
     path: str
     handler: Handler
     query: type[Struct] | None = None
+    """Type of the query; None for one without parameters."""
     body: Any = None
     """Type of the JSON body; None for none."""
     takes: str = ""

@@ -19,6 +19,10 @@ from zlora.server import metrics
 from zlora.server.problems import encoded, problem_of, public
 
 MEDIA_TYPE: Final = "text/event-stream"
+HEADERS: Final = {  # nginx would collect the events
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",
+}
 END: Final = "end"  # name and id of the last event
 HEARTBEAT: Final = b": the job goes on\n\n"  # shows proxies that the stream lives
 _SILENCE: Final = 15.0  # seconds until a heartbeat

@@ -4,15 +4,17 @@
 what is done with each field.
 """
 
+import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Final, Literal, cast
 from urllib.parse import unquote_to_bytes
 
+from anyio import CancelScope
 from msgspec import Struct, structs
 from starlette.responses import Response, StreamingResponse
 
@@ -23,14 +25,18 @@ from zlora.errors import InvalidRequest, JobExpired, JobUnknown, ResultTimeout, 
 from zlora.handle import has_ended
 from zlora.schema import Cancellation, GenerateResult, JobState, JobStatus, invalid
 from zlora.server import events, problems
-from zlora.server.endpoint import Api, Call, Endpoint, json_answer
+from zlora.server.endpoint import MAX_IMAGE_BODY, Api, Call, Endpoint, json_answer
 from zlora.server.problems import NotFound
 
-_MAX_BODY: Final = 24 * 2**20  # bytes: two images of 8 MiB in base64, and the other fields
 _TIMEOUT: Final = "x-fal-request-timeout"
 _PRIORITY: Final = "x-fal-queue-priority"
 _HINT: Final = "x-fal-runner-hint"  # has no effect: all workers of a queue are alike
 _SOURCE: Final = "z-image-lora"
+_ID: Final = "X-Fal-Request-Id"
+_ERROR_TYPE: Final = "X-Fal-Error-Type"
+_NEEDS_RETRY: Final = "X-Fal-Needs-Retry"
+_TIMEOUT_TYPE: Final = "X-Fal-Request-Timeout-Type"
+HEADERS: Final = (_ID, _ERROR_TYPE, _NEEDS_RETRY, _TIMEOUT_TYPE)  # of answers
 
 
 class SubmitOptions(Struct, frozen=True, kw_only=True):
@@ -47,16 +53,11 @@ class StatusOptions(Struct, frozen=True, kw_only=True):
     """Whether the answer has lines on the progress of the job."""
 
 
-class NoOptions(Struct, frozen=True, kw_only=True):
-    """A query without parameters."""
-
-
 async def run(call: Call) -> Response:
     """Draw the images of a request, and return them once all are drawn.
 
     If the client closes the connection before that, the job is cancelled.
     """
-    call.query(NoOptions)
     handle = await _submit(call)
     result = await call.result(handle)
     return json_answer(await _answer(call, result), headers=_headers(handle.id))
@@ -67,9 +68,10 @@ async def stream(call: Call) -> Response:
 
     The last event is the answer of `run`, or has `error` and `detail`.
     """
-    call.query(NoOptions)
     handle = await _submit(call, previews=True)
-    return _event_stream(_progress(call, handle), headers=_headers(handle.id))
+    return StreamingResponse(
+        _progress(call, handle), headers=_stream_headers(handle), media_type=events.MEDIA_TYPE
+    )
 
 
 async def submit(call: Call) -> Response:
@@ -106,19 +108,15 @@ async def stream_status(call: Call) -> Response:
     options = call.query(StatusOptions)
     handle = await _job(call)
 
-    async def changes() -> AsyncGenerator[bytes, None]:
-        async for status in events.statuses(handle, call.closing):
-            if status is None:
-                yield events.HEARTBEAT
-            else:
-                yield events.unnamed_event(await _status(call, handle, status, logs=options.logs))
+    async def document_of(status: JobStatus) -> dict[str, Any]:
+        return await _status(call, handle, status, logs=options.logs)
 
-    return _event_stream(changes(), headers=_headers(handle.id))
+    stream = _events(call, handle, document_of)
+    return StreamingResponse(stream, headers=_stream_headers(handle), media_type=events.MEDIA_TYPE)
 
 
 async def get_result(call: Call) -> Response:
     """Return the images of a job, or its error."""
-    call.query(NoOptions)
     handle = await _job(call)
     try:
         result = await handle.result(timeout=0)
@@ -150,7 +148,8 @@ async def _submit(
         for name in fal.IMAGES if isinstance(document, dict) else ():
             address = document.get(name)
             if isinstance(address, str) and address.startswith("data:"):
-                asset = await call.service.upload(call.caller, _decoded(address, f"$.{name}"))
+                data = await asyncio.to_thread(_decoded, address, f"$.{name}")
+                asset = await call.service.upload(call.caller, data, path=f"$.{name}")
                 document = {**document, name: asset.address}
         request = fal.to_request(document, app=app)
         # Base models that read a chat have no previews.
@@ -258,26 +257,45 @@ def _log(message: str, level: Literal["INFO", "WARN", "ERROR"] = "INFO") -> dict
 
 
 async def _progress(call: Call, handle: AsyncJobHandle) -> AsyncGenerator[bytes, None]:
-    """Yield the progress of a job, with the image that is being drawn, and its end."""
+    """Yield the progress of a job, with the image that is being drawn, and its end.
+
+    If the client goes before that, the job is cancelled.
+    """
+
+    async def document_of(status: JobStatus) -> dict[str, Any]:
+        if has_ended(status):
+            return await _answer(call, await handle.result(timeout=0))
+        share = (status.step or 0) / status.steps if status.steps else 0.0
+        images = [{"url": status.preview}] if status.preview else []
+        found = {"request_id": handle.id, "progress": share, "images": images}
+        return found | {"log": _shown(status)}
+
+    try:
+        async for event in _events(call, handle, document_of):
+            yield event
+    except (asyncio.CancelledError, GeneratorExit):
+        with CancelScope(shield=True), suppress(ZloraError):  # nobody reads the error
+            await handle.cancel()
+        raise
+
+
+async def _events(
+    call: Call, handle: AsyncJobHandle, document_of: Callable[[JobStatus], Awaitable[object]]
+) -> AsyncGenerator[bytes, None]:
+    """Yield an event for each status of a job until its end, or at last its error."""
     try:
         async for status in events.statuses(handle, call.closing):
             if status is None:
                 yield events.HEARTBEAT
-            elif has_ended(status):
-                yield events.unnamed_event(await _answer(call, await handle.result(timeout=0)))
             else:
-                share = (status.step or 0) / status.steps if status.steps else 0.0
-                images = [{"url": status.preview}] if status.preview else []
-                document = {"progress": share, "images": images, "log": _shown(status)}
-                yield events.unnamed_event({"request_id": handle.id, **document})
+                yield events.unnamed_event(await document_of(status))
     except ZloraError as error:
-        detail = fal.detail_of(error)
-        yield events.unnamed_event({"error": error.message, "detail": detail})
+        shown = problems.public(error)
+        yield events.unnamed_event({"error": shown.message, "detail": fal.detail_of(shown)})
 
 
-def _event_stream(stream: AsyncGenerator[bytes, None], *, headers: dict[str, str]) -> Response:
-    headers = {**headers, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream, headers=headers, media_type=events.MEDIA_TYPE)
+def _stream_headers(handle: AsyncJobHandle) -> dict[str, str]:
+    return events.HEADERS | _headers(handle.id)
 
 
 async def _answer(call: Call, result: GenerateResult) -> dict[str, Any]:
@@ -293,7 +311,7 @@ async def _answer(call: Call, result: GenerateResult) -> dict[str, Any]:
 
 
 def _headers(job_id: str) -> dict[str, str]:
-    return {"X-Fal-Request-Id": job_id}
+    return {_ID: job_id}
 
 
 @contextmanager
@@ -315,12 +333,12 @@ def _error(error: ZloraError) -> Response:
     status, kind = problems.status_of(error), fal.type_of(error)
     headers = {
         **problems.headers_of(error),
-        "X-Fal-Error-Type": kind,
-        "X-Fal-Needs-Retry": str(int(error.retryable)),
+        _ERROR_TYPE: kind,
+        _NEEDS_RETRY: str(int(error.retryable)),
     }
     if isinstance(error, JobExpired):
         status = HTTPStatus.GATEWAY_TIMEOUT
-        headers["X-Fal-Request-Timeout-Type"] = "user"
+        headers[_TIMEOUT_TYPE] = "user"
     is_listed = status in (HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.BAD_GATEWAY) or (
         status is HTTPStatus.FORBIDDEN and "path" in error.details
     )
@@ -341,7 +359,7 @@ FAL: Final = Api(
             stream,
             body=_DOCUMENT,
             media_type=events.MEDIA_TYPE,
-            max_body=_MAX_BODY,
+            max_body=MAX_IMAGE_BODY,
         ),
         Endpoint(
             "POST",
@@ -349,7 +367,7 @@ FAL: Final = Api(
             run,
             body=_DOCUMENT,
             answer=_DOCUMENT,
-            max_body=_MAX_BODY,
+            max_body=MAX_IMAGE_BODY,
         ),
         Endpoint("GET", f"{_REQUEST}/status", get_status, query=StatusOptions, answer=_DOCUMENT),
         Endpoint(
@@ -368,7 +386,7 @@ FAL: Final = Api(
             query=SubmitOptions,
             body=_DOCUMENT,
             answer=_DOCUMENT,
-            max_body=_MAX_BODY,
+            max_body=MAX_IMAGE_BODY,
         ),
     ),
     _error,

@@ -13,8 +13,10 @@ import msgspec
 PARAMETERS: Final = "parameters"
 _SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _MAX_TEXTS: Final = 100  # chunks that are read
+_MAX_LETTERS: Final = 65_536  # of an infotext whose pairs are read
 _NEGATIVE: Final = "Negative prompt:"
-_PAIR: Final = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_NAME: Final = re.compile(r"\w[\w \-/]*")
+_QUOTED: Final = re.compile(r'\s*("(?:\\.|[^\\"])*")\s*(?:,|$)')
 _LEAST_PAIRS: Final = 3  # in the last line, without which it is part of the prompt
 
 
@@ -48,9 +50,14 @@ def texts_of(png: bytes) -> dict[str, str]:
 
 
 def pairs_of(infotext: str) -> dict[str, str]:
-    """Return the pairs of an infotext, with `Prompt` and `Negative prompt`."""
+    """Return the pairs of an infotext, with `Prompt` and `Negative prompt`.
+
+    Raises `ValueError` for one of more than 65,536 characters.
+    """
+    if len(infotext) > _MAX_LETTERS:
+        raise ValueError(f"Expected an infotext of at most {_MAX_LETTERS} characters")
     *lines, last = infotext.strip().split("\n")
-    pairs = dict(_PAIR.findall(last))
+    pairs = _pairs_in(last)
     if len(pairs) < _LEAST_PAIRS:
         lines, pairs = [*lines, last], {}
     prompt, _, negative = "\n".join(lines).partition(_NEGATIVE)
@@ -60,4 +67,21 @@ def pairs_of(infotext: str) -> dict[str, str]:
             found[name] = msgspec.json.decode(value, type=str)
         except msgspec.DecodeError:  # without quotes
             found[name] = value.strip()
+    return found
+
+
+def _pairs_in(line: str) -> dict[str, str]:
+    """Return the pairs of a line, with quotes, in a time that grows as the line does."""
+    found: dict[str, str] = {}
+    start = 0
+    while (colon := line.find(":", start)) >= 0:
+        name = line[max(start, line.rfind(",", start, colon) + 1) : colon].strip()
+        if quoted := _QUOTED.match(line, colon + 1):
+            value, start = quoted[1], quoted.end()
+        else:
+            comma = line.find(",", colon)
+            end = comma if comma >= 0 else len(line)
+            value, start = line[colon + 1 : end], end + 1
+        if _NAME.fullmatch(name):
+            found[name] = value
     return found

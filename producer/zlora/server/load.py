@@ -1,4 +1,4 @@
-"""What requests may hold at the same time: their number, and bytes of bodies and answers."""
+"""Limits on open requests, and on the bytes that they keep in memory."""
 
 import asyncio
 from collections import Counter
@@ -15,7 +15,8 @@ from zlora.server.problems import BodyTimeout, BodyTooLarge, Overloaded, TooMany
 
 MAX_OPEN: Final = 4000  # requests that are not answered yet, with streams of events
 MAX_OPEN_OF_TENANT: Final = MAX_OPEN // 2  # if there are API keys
-MAX_HELD: Final = 256 * 2**20  # bytes of all bodies and answers in memory
+MAX_HELD: Final = 256 * 2**20  # bytes of all bodies, their documents, and answers in memory
+MAX_HELD_OF_TENANT: Final = MAX_HELD // 2  # if there are API keys
 BODY_SECONDS: Final = 30.0  # for all of a body
 _PIECE: Final = 65_536  # bytes of an answer that are given to a connection at once
 
@@ -25,7 +26,7 @@ class Load:
 
     def __init__(self) -> None:
         self._open, self._held = 0, 0
-        self._by_tenant = Counter[str]()
+        self._by_tenant, self._held_by_tenant = Counter[str](), Counter[str]()
 
     @contextmanager
     def request(self) -> Iterator["OpenRequest"]:
@@ -40,6 +41,7 @@ class Load:
             self._held -= opened.held
             if opened.tenant is not None:
                 self._by_tenant[opened.tenant] -= 1
+                self._held_by_tenant[opened.tenant] -= opened.held
 
     def require_room(self) -> None:
         """Raise `Overloaded` if there are too many requests."""
@@ -53,10 +55,15 @@ class Load:
             message = f"{MAX_OPEN_OF_TENANT} requests of this API key are open"
             raise TooManyRequests(message)
 
-    def hold(self, size: int) -> None:
-        """Count bytes; raise `Overloaded` if there are too many."""
+    def hold(self, size: int, tenant: str | None) -> None:
+        """Count bytes; raise `Overloaded` or `TooManyRequests` if there are too many."""
         if self._held + size > MAX_HELD:
             raise Overloaded(f"the bodies of all requests take {MAX_HELD >> 20} MiB")
+        if tenant is not None:
+            if self._held_by_tenant[tenant] + size > MAX_HELD_OF_TENANT:
+                most = MAX_HELD_OF_TENANT >> 20
+                raise TooManyRequests(f"the bodies of this API key's requests take {most} MiB")
+            self._held_by_tenant[tenant] += size
         self._held += size
 
 
@@ -74,14 +81,17 @@ class OpenRequest:
         self._load.count(tenant)
 
     def hold(self, size: int) -> None:
-        """Count bytes of the body or the answer until the request ends; raise `Overloaded`."""
-        self._load.hold(size)
+        """Count bytes of the body or the answer until the request ends.
+
+        Raises `Overloaded` or `TooManyRequests`.
+        """
+        self._load.hold(size, self.tenant)
         self.held += size
 
     def bounded(self, scope: Scope, receive: Receive, max_body: int) -> Receive:
         """Return a `receive` for a body of up to `max_body` bytes.
 
-        It raises `BodyTooLarge`, `BodyTimeout` or `Overloaded`.
+        It raises `BodyTooLarge`, `BodyTimeout`, `Overloaded` or `TooManyRequests`.
         """
         too_large = BodyTooLarge(
             f"the body has more than {max_body} bytes", {"max_bytes": max_body}
@@ -111,7 +121,7 @@ class OpenRequest:
         return receive_bounded
 
     def hold_answer(self, answer: Response) -> None:
-        """Count the bytes of an answer; raise `Overloaded`."""
+        """Count the bytes of an answer; raise `Overloaded` or `TooManyRequests`."""
         if len(body := getattr(answer, "body", b"")) > _PIECE:
             self.hold(len(body))
 

@@ -35,6 +35,7 @@ from zlora.server import events
 from zlora.server.endpoint import Api, Call, Endpoint, json_answer
 from zlora.server.job_index import Entry
 from zlora.server.problems import NotFound
+from zlora.server.service import public_result, web_url
 
 MAX_WAIT: Final = 60.0  # seconds: proxies close connections that are silent for longer
 _MAX_LABELS: Final = 8
@@ -178,7 +179,7 @@ async def submit(call: Call) -> Response:
 
 
 async def list_jobs(call: Call) -> Response:
-    """List the jobs that were submitted with this API key's tenant, the newest first."""
+    """Return a page of the tenant's jobs, the newest first."""
     options = call.query(ListOptions)
     page = await call.service.jobs(
         call.caller, labels=_labels(options.label), limit=options.limit, cursor=options.cursor
@@ -208,22 +209,21 @@ async def get_events(call: Call) -> Response:
     last_id = call.header("Last-Event-ID") or ""
     if last_id == events.END:
         return Response(status_code=HTTPStatus.NO_CONTENT)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would collect them
     if call.request.method == "HEAD":
-        return Response(headers=headers, media_type=events.MEDIA_TYPE)
+        return Response(headers=events.HEADERS, media_type=events.MEDIA_TYPE)
 
     async def end() -> Job:
         return await _ended(handle, entry)
 
     stream = events.stream(handle, last_id=last_id, end=end, closing=call.closing)
-    return StreamingResponse(stream, headers=headers, media_type=events.MEDIA_TYPE)
+    return StreamingResponse(stream, headers=events.HEADERS, media_type=events.MEDIA_TYPE)
 
 
 async def get_result(call: Call) -> Response:
     """Return the result of a job, or its error as a problem; 409 while it has not ended."""
     wait = call.query(WaitOptions).wait
     result = call.service.result(call.caller, call.job_id, wait=wait)
-    return json_answer(await call.unless_gone(result))
+    return json_answer(public_result(await call.unless_gone(result)))
 
 
 async def get_image(call: Call) -> Response:
@@ -234,10 +234,14 @@ async def get_image(call: Call) -> Response:
     options = call.query(ImageOptions)
     result = await call.service.result(call.caller, call.job_id)
     image = _image(result, str(call.request.path_params["index"]))
-    if image.url and image.url.startswith(("http://", "https://")) and not options.proxy:
-        return RedirectResponse(image.url, headers={"Cache-Control": "no-store"})
+    if (url := web_url(image)) is not None and not options.proxy:
+        return RedirectResponse(url, headers={"Cache-Control": "no-store"})
     etag = f'"{image.sha256}"'
-    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
+    headers = {
+        "ETag": etag,
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "Vary": "Authorization",  # a browser may know the keys of two tenants
+    }
     known = call.request.headers.get("If-None-Match", "").split(",")
     if {etag, "*"} & {tag.strip().removeprefix("W/") for tag in known}:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
@@ -270,22 +274,15 @@ async def upload(call: Call) -> Response:
 
 async def get_queue(call: Call) -> Response:
     """Return what the queue serves, for this API key: base models, bounds, defaults, names."""
-    info = await _queue_info(call)
+    info = await call.queue_info()
     unfinished = await call.service.unfinished()
     return json_answer(Queue(**structs.asdict(info), unfinished=unfinished))
 
 
 async def list_loras(call: Call) -> Response:
     """List the LoRAs and embeddings of the catalogue that this API key may use."""
-    names = (await _queue_info(call)).catalogue
+    names = (await call.queue_info()).catalogue
     return json_answer(Catalogue(names=names or (), is_complete=names is not None))
-
-
-async def _queue_info(call: Call) -> QueueInfo:
-    info = await call.service.queue_info(call.caller)
-    if info is None:
-        raise NotFound("no worker of this queue has run in the last hour")
-    return info
 
 
 async def _job(call: Call, job_id: str, *, wait: float = 0) -> Job:
@@ -295,13 +292,13 @@ async def _job(call: Call, job_id: str, *, wait: float = 0) -> Job:
 
 
 async def _ended(handle: AsyncJobHandle, entry: Entry, *, wait: float = 0) -> Job:
-    """Return a job with its end, after up to `wait` seconds."""
+    """Return the document of a job whose entry is known, after up to `wait` seconds."""
     result: GenerateResult | None = None
     error: Failure | None = None
     if wait == 0 and not has_ended(status := await handle.status()):
         return _document(handle.id, entry, status)
     try:
-        result = await handle.result(timeout=wait)
+        result = public_result(await handle.result(timeout=wait))
     except (JobVanished, BrokerUnavailable, InvalidSetting):  # not the job's own error
         raise
     except (ResultTimeout, JobUnknown):

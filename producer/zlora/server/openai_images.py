@@ -28,6 +28,7 @@ from zlora.schema import STEPS, GenerateRequest, GenerateResult, invalid
 from zlora.server import problems
 from zlora.server.endpoint import Api, Call, Endpoint, json_answer
 from zlora.server.problems import NotFound, TooManyJobs, TooManyRequests, Unauthorized
+from zlora.server.tenants import model_names
 
 _MAX_FORM: Final = 17 * 2**20  # bytes: two images of 8 MiB, and the other fields
 _MAX_FIELDS: Final = 100  # of a form
@@ -103,12 +104,14 @@ async def edit(call: Call) -> Response:
     try:
         form = await call.form(max_files=3, max_fields=_MAX_FIELDS)
     except HTTPException as error:  # not a form, or too many parts
-        raise invalid("$", "the body", f"Expected a form: {error.detail}") from None
+        expected = f"Expected a form: {error.detail}"
+        raise InvalidRequest(f"$: {expected}", {"path": "$", "expected": expected}) from None
     try:
-        document, files = await _read_form(form)
+        document, files = await _read_form(call, form)
     finally:
         await form.close()
-    images: dict[str, Any] = {"image": (await call.service.upload(call.caller, files["image"])).url}
+    image = await call.service.upload(call.caller, files["image"], path="$.image")
+    images: dict[str, Any] = {"image": image.url}
     if "mask" in files:
         async with _DECODING:
             mask = await asyncio.to_thread(_painted, files["mask"])
@@ -138,7 +141,6 @@ async def _models(call: Call) -> dict[str, dict[str, Any]]:
     info = await call.service.queue_info(call.caller)
     if info is None:
         return {}
-    allowed = call.caller.tenant.models
     return {
         name: {
             "id": name,
@@ -146,8 +148,7 @@ async def _models(call: Call) -> dict[str, dict[str, Any]]:
             "created": int(info.loaded_at),
             "owned_by": _OWNER,
         }
-        for name in info.models or (info.model,)
-        if allowed is None or name in allowed
+        for name in model_names(info)
     }
 
 
@@ -246,7 +247,7 @@ def _size_of(document: Mapping[str, Any]) -> dict[str, int]:
     return {"width": int(found[1]), "height": int(found[2])}
 
 
-async def _read_form(form: FormData) -> tuple[dict[str, Any], dict[str, bytes]]:
+async def _read_form(call: Call, form: FormData) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return the fields and the files of a form; raise `InvalidRequest`."""
     document: dict[str, Any] = {}
     files: dict[str, bytes] = {}
@@ -263,18 +264,18 @@ async def _read_form(form: FormData) -> tuple[dict[str, Any], dict[str, bytes]]:
         elif name in document:
             raise invalid(f"$.{name[:80]}", "several parts", "Expected one value")
         else:
-            document[name] = value if name in _TEXTS else _parsed(value)
+            document[name] = value if name in _TEXTS else _parsed(call, name, value)
     if "image" not in files:
         raise invalid("$.image", None, "Expected a file")
     return document, files
 
 
-def _parsed(text: str) -> Any:
+def _parsed(call: Call, name: str, text: str) -> Any:
     """Return the value of a part of a form: that of its JSON, else the text; None if empty."""
     if not text:
         return None
     try:
-        return msgspec.json.decode(text)
+        return call.decoded(text.encode(), f"$.{name[:80]}")
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
         return text
 

@@ -26,7 +26,7 @@ class Unauthorized(ZloraError):
 
 
 class Forbidden(ZloraError):
-    """The API key does not allow this request, or a web page of another site has sent it."""
+    """A web page of another site may have sent this request."""
 
     code = "forbidden"
 
@@ -76,7 +76,7 @@ class BodyTimeout(ZloraError):
 class TooManyRequests(ZloraError):
     """This API key has made too many requests in the last minute, or has too many open ones.
 
-    Details: `retry_after` in seconds.
+    Details: `retry_after` in seconds, for the former.
     """
 
     code = "too_many_requests"

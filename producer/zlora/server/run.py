@@ -1,5 +1,6 @@
 """Runs the application by uvicorn."""
 
+import logging
 import resource
 import ssl
 from typing import Final
@@ -14,6 +15,7 @@ from zlora.server.settings import ServerSettings
 KEEP_ALIVE: Final = 15  # seconds that an idle connection stays open
 _GRACE: Final = 10  # seconds for open requests at the end; streams of events are cut then
 _MAX_CONNECTIONS: Final = 5000  # more are closed
+_NOT_HTTP: Final = "Invalid HTTP request received."  # uvicorn's warning
 _OTHER_FILES: Final = 200  # descriptors for Redis, images and LoRAs
 
 
@@ -28,6 +30,8 @@ def run(
     """Serve until a signal ends the process; raise `InvalidSetting` for a wrong certificate."""
     if certificate is not None:
         _try_certificate(certificate, key)
+    # A line for each such request, with nothing of it, would fill the log of a server.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != _NOT_HTTP)
     uvicorn.run(
         make_app(settings),
         host=host,

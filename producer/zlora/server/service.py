@@ -3,12 +3,16 @@
 import asyncio
 import base64
 import math
+import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar, Unpack
+
+from msgspec import structs
 
 from zlora import images
 from zlora.async_client import AsyncClient, AsyncJobHandle
@@ -30,14 +34,18 @@ from zlora.schema import (
     parse_request,
 )
 from zlora.server.job_index import Entry, JobIndex, Page
-from zlora.server.problems import BodyTooLarge, TooManyJobs
-from zlora.server.tenants import Tenant, allowed_info, require_allowed
+from zlora.server.problems import BodyTooLarge, TooManyJobs, TooManyRequests
+from zlora.server.tenants import Tenant, allowed_info, require_allowed, require_source
 
 T = TypeVar("T")
 
 _THREADS: Final = 8  # for the index; a call takes less than a millisecond
 _READY_SECONDS: Final = 1.0  # for which an answer of Redis counts
-_SLOW_THREADS: Final = 8  # for the bytes of images and the headers of LoRAs, from other servers
+_FETCHES: Final = 8  # images whose bytes are fetched at the same time
+_INSPECTIONS: Final = 8  # LoRAs whose headers are fetched at the same time, from any server
+_INSPECTIONS_OF_TENANT: Final = 2
+# How files of the formats that workers read begin.
+_IMAGE: Final = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF.{4}WEBP", re.DOTALL)
 
 
 class Caller(NamedTuple):
@@ -68,13 +76,17 @@ class Service:
         self._looking, self._looked = asyncio.Lock(), -math.inf  # on the monotonic clock
         self._make_preflight, self._image_hosts = preflight, image_hosts
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="zlora-index")
-        self._slow = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix="zlora-fetch")
+        # Apart, since a LoRA may be on a server that never answers, and images are not.
+        self._fetching = ThreadPoolExecutor(_FETCHES, thread_name_prefix="zlora-fetch")
+        self._inspecting = ThreadPoolExecutor(_INSPECTIONS, thread_name_prefix="zlora-inspect")
+        self._inspections = Counter[str]()  # by tenant
 
     async def close(self) -> None:
         """Give connections and threads back."""
         await self._client.close()
         self._threads.shutdown(wait=False)
-        self._slow.shutdown(wait=False)
+        self._fetching.shutdown(wait=False)
+        self._inspecting.shutdown(wait=False)
         self._index.close()
         self._uploads.close()
 
@@ -137,7 +149,7 @@ class Service:
         return self.handle(job_id)
 
     def handle(self, job_id: str) -> AsyncJobHandle:
-        """Return the handle of a job that is the caller's by its entry."""
+        """Return a handle without a check: the caller has looked up the entry."""
         return self._client.job(job_id)
 
     async def jobs(
@@ -160,7 +172,7 @@ class Service:
     async def image_bytes(self, image: ImageRef) -> bytes:
         """Return the bytes of an image; raise `ImageUnavailable`."""
         read = partial(images.read, image, hosts=self._image_hosts)
-        return await asyncio.get_running_loop().run_in_executor(self._slow, read)
+        return await asyncio.get_running_loop().run_in_executor(self._fetching, read)
 
     async def public_url(self, result: GenerateResult, index: int, *, base_url: str) -> str:
         """Return a URL of an image for clients that fetch without an API key.
@@ -169,8 +181,8 @@ class Service:
         `base_url` is that of the server. Raises `ImageUnavailable`.
         """
         image = result.images[index]
-        if image.url and image.url.startswith(("http://", "https://")):
-            return image.url
+        if (url := web_url(image)) is not None:
+            return url
         if not self._needs_keys and image.url:
             return f"{base_url}/v1/jobs/{result.job_id}/images/{index}"
         return await self.data_uri(image)
@@ -182,35 +194,44 @@ class Service:
         data = base64.b64encode(await self.image_bytes(image)).decode()
         return f"data:{image.content_type};base64,{data}"
 
-    async def upload(self, caller: Caller, data: bytes) -> Asset:
+    async def upload(self, caller: Caller, data: bytes, *, path: str = "$") -> Asset:
         """Keep an image of the caller for a day, for the `image` and `mask` of requests.
 
-        Raises `BodyTooLarge` beyond 8 MiB, and `InvalidRequest` for no bytes.
+        Raises `BodyTooLarge` beyond 8 MiB, and `InvalidRequest`, with this `path`, for bytes of
+        another format than workers read.
         """
-        if not data:
-            raise invalid("$", "no bytes", "Expected the bytes of an image")
         if len(data) > uploads.MAX_BYTES:
             message = f"the image has more than {uploads.MAX_BYTES} bytes"
             raise BodyTooLarge(message, {"max_bytes": uploads.MAX_BYTES})
+        if not _IMAGE.match(data):
+            raise invalid(path, f"{len(data)} bytes", "Expected the bytes of a PNG, JPEG or WebP")
         sha256 = await self._run(partial(self._uploads.add, caller.name, data))
         return Asset(url=f"upload:{sha256}")
 
     async def inspect(self, caller: Caller, file: object) -> LoraInfo:
         """Describe the LoRA at an address, an `Asset`, by its header.
 
-        Raises `InvalidRequest`, with a `path` below `$.file`, or a `LoraError`.
+        Raises `InvalidRequest`, with a `path` below `$.file`, a `LoraError`, or `TooManyRequests`.
         """
         try:
             request = parse_request({"prompt": "", "loras": [{"file": file}]})
         except InvalidRequest as error:
             path = str(error.details["path"]).replace("$.loras[0].file", "$.file")
             raise InvalidRequest(error.message, {**error.details, "path": path}) from None
-        require_allowed(request, caller.tenant, None)
+        asset = request.loras[0].file
+        require_source(asset, caller.tenant, "file")
+        if self._inspections[caller.name] >= _INSPECTIONS_OF_TENANT:
+            message = f"{_INSPECTIONS_OF_TENANT} inspections of this API key are going on"
+            raise TooManyRequests(message)
 
         def inspect() -> LoraInfo:
-            return self._make_preflight().inspect(request.loras[0].file)
+            return self._make_preflight().inspect(asset)
 
-        return await asyncio.get_running_loop().run_in_executor(self._slow, inspect)
+        self._inspections[caller.name] += 1
+        running = asyncio.get_running_loop().run_in_executor(self._inspecting, inspect)
+        # Once the thread is free, which may be long after the client has left.
+        running.add_done_callback(lambda _: self._inspections.subtract([caller.name]))
+        return await asyncio.shield(running)
 
     async def queue_info(self, caller: Caller) -> QueueInfo | None:
         """Return what the queue serves and the caller may use, None if that is not known."""
@@ -243,6 +264,19 @@ class Service:
 
     async def _run(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def web_url(image: ImageRef) -> str | None:
+    """Return the URL of an image, None for one that only this machine can open."""
+    is_web = image.url is not None and image.url.startswith(("http://", "https://"))
+    return image.url if is_web else None
+
+
+def public_result(result: GenerateResult) -> GenerateResult:
+    """Return a result without URLs such as `file:///...`, which name folders of the server."""
+    images = tuple(structs.replace(image, url=web_url(image)) for image in result.images)
+    sheet = result.sheet and structs.replace(result.sheet, url=web_url(result.sheet))
+    return structs.replace(result, images=images, sheet=sheet)
 
 
 def _checked(

@@ -38,7 +38,7 @@ _PREFIX: Final = "zl_"  # so that tools that search for leaked secrets know a ke
 _ID_LENGTH: Final = 8  # hex digits of a key's SHA-256, by which people name it
 MAX_JOBS: Final = 10_000  # of a tenant, in lists and in `max_jobs`
 _MAX_BYTES: Final = 2**20  # of the file
-TENANT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", re.ASCII)
+_TENANT_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", re.ASCII)
 
 
 class Tenant(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -83,12 +83,19 @@ class KeyFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         for name, tenant in self.tenants.items():
-            if not TENANT_NAME.fullmatch(name):
-                raise ValueError(f"Expected names of tenants of A-Z, a-z, 0-9, _ and -, got {name}")
+            check_tenant(name)
             for source in tenant.sources or ():
                 check_source(source)
         if strange := [key.id for key in self.keys if key.tenant not in self.tenants]:
             raise ValueError(f"Expected the tenant of key {strange[0]} among the tenants")
+
+
+def check_tenant(name: str) -> None:
+    """Raise `ValueError` if a text cannot be the name of a tenant."""
+    if not _TENANT_NAME.fullmatch(name):
+        raise ValueError("Expected 1 to 40 characters of A-Z, a-z, 0-9, _ and -")
+    if name == LOCAL:
+        raise ValueError(f"Expected another name than {LOCAL}, whose jobs came without an API key")
 
 
 def check_source(source: str) -> None:
@@ -173,7 +180,7 @@ def require_allowed(request: GenerateRequest, tenant: Tenant, info: QueueInfo | 
         model = cell.model or (info.model if info else None)
         if tenant.models is not None and model not in tenant.models:
             expected = f"Expected one of {', '.join(tenant.models)}, the models of this API key"
-            raise invalid("$.model", model, expected)
+            raise invalid("$.model", cell.model, expected)
         files = {f"loras[{index}]": spec.file for index, spec in enumerate(cell.loras)}
         files |= {f"embeddings[{index}]": spec.file for index, spec in enumerate(cell.embeddings)}
         others = {
@@ -182,12 +189,13 @@ def require_allowed(request: GenerateRequest, tenant: Tenant, info: QueueInfo | 
             if not asset.job_image and not asset.upload  # the service checks whose it is
         }
         for place, asset in (files | others).items():
-            _require_source(asset, tenant, place)
+            require_source(asset, tenant, place)
         for tag in prompt_syntax.parse(cell.prompt, cell.prompt_syntax).loras:
             _require_name(tag.name, tenant, "prompt")
 
 
-def _require_source(asset: Asset, tenant: Tenant, place: str) -> None:
+def require_source(asset: Asset, tenant: Tenant, place: str) -> None:
+    """Raise `LoraNotAllowed`, which names the place, for an address that the tenant may not use."""
     if (name := lora_name(asset.address)) is not None:
         _require_name(name, tenant, place)
     elif tenant.sources is not None and not any(
@@ -200,13 +208,25 @@ def _require_source(asset: Asset, tenant: Tenant, place: str) -> None:
 
 
 def allowed_info(info: QueueInfo, tenant: Tenant) -> QueueInfo:
-    """Return what a queue serves, without the names that the tenant may not use."""
-    models, names = info.models, info.catalogue
+    """Return what a queue serves, without the names that the tenant may not use.
+
+    `model` and `base_sha256` are empty if the tenant may not use the base model of requests that
+    name none.
+    """
+    names = info.catalogue
     if tenant.models is not None:
-        models = tuple(name for name in models if name in tenant.models)
+        models = tuple(name for name in info.models if name in tenant.models)
+        info = structs.replace(info, models=models)
+        if info.model not in tenant.models:
+            info = structs.replace(info, model="", base_sha256="")
     if names is not None:
         names = tuple(name for name in names if tenant.may_name(name))
-    return structs.replace(info, models=models, catalogue=names)
+    return structs.replace(info, catalogue=names)
+
+
+def model_names(info: QueueInfo) -> tuple[str, ...]:
+    """Return the base models among which the caller of an `allowed_info` may choose."""
+    return tuple(name for name in info.models or (info.model,) if name)
 
 
 def _require_name(name: str, tenant: Tenant, place: str) -> None:

@@ -3,10 +3,13 @@
 import base64
 import hashlib
 import json
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -209,6 +212,84 @@ def test_names_that_a_tenant_may_not_use_are_not_shown(place: Place) -> None:
     assert wide.get("/v1/queue").json()["unfinished"] > 0
 
 
+def test_a_base_model_that_a_tenant_may_not_use_is_not_shown(place: Place) -> None:
+    """Not as the one of requests that name none either, in any API."""
+    narrow, key = place.clients["narrow"], queue_info_key(place.worker.queue)
+    info = msgspec.structs.replace(INFO, model="large", base_sha256="a" * 64)
+    place.worker.redis.set(key, msgspec.json.encode(info))
+    try:
+        shown = [
+            narrow.get(path)
+            for path in ("/v1/queue", "/v1/models", "/sdapi/v1/sd-models", "/sdapi/v1/options")
+        ]
+        refused = narrow.post("/v1/jobs", json=REQUEST)
+    finally:
+        place.worker.redis.set(key, msgspec.json.encode(INFO))
+
+    assert [answer.status_code for answer in shown] == [200] * 4
+    assert (refused.status_code, refused.json()["path"]) == (422, "$.model")
+    for answer in (*shown, refused):
+        assert "large" not in answer.text
+        assert "aaaa" not in answer.text
+    assert [row["title"] for row in shown[2].json()] == ["small"]
+
+
+def test_a_tenant_with_some_base_models_may_inspect(place: Place) -> None:
+    """A LoRA that is read has no base model to be refused for; its source may be."""
+    names = [f"https://127.0.0.1/{name}" for name in ("a.safetensors", "b.safetensors")]
+    answers = [
+        place.clients["narrow"].post("/v1/loras/inspect", json={"file": {"url": address}})
+        for address in (*names, "lora://private-x")
+    ]
+
+    assert [answer.status_code for answer in answers] == [403] * 3
+    assert [answer.json().get("path") for answer in answers] == [None, None, "$.file"]
+
+
+def test_inspections_that_hang_stop_nothing_else(
+    broker_url: str, tmp_path: Path, place: Place
+) -> None:
+    """A tenant has two at a time, and images are read meanwhile."""
+    job_id = place.submit()
+    place.store(job_id, "SUCCESS", succeeded(job_id))
+    silent = socket.create_server(("127.0.0.1", 0), backlog=100)
+    address = f"127.0.0.1:{silent.getsockname()[1]}"
+    lora = {"file": {"url": f"http://{address}/x.safetensors"}}
+    variables = {
+        "ZLORA_QUEUE": place.worker.queue,
+        "ZLORA_API_KEYS": str(place.file),
+        "ZLORA_ALLOW_HOSTS": address,
+    }
+    with (
+        running(broker_url, log=tmp_path / "log", **variables) as server,
+        server.client(place.keys["one"]) as client,
+        ThreadPoolExecutor(12) as threads,
+    ):
+        asked = [threads.submit(client.post, "/v1/loras/inspect", json=lora) for _ in range(12)]
+        refused = [answer.result() for answer in islice(as_completed(asked), 10)]
+        image = client.get(f"/v1/jobs/{job_id}/images/0")
+        are_waiting = [answer for answer in asked if not answer.done()]
+        silent.close()
+
+    assert (image.status_code, image.content) == (200, IMAGE)
+    assert len(are_waiting) == 2
+    assert {(answer.status_code, code_of(answer)) for answer in refused} == {
+        (429, "too_many_requests")
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("/v1/jobs?limit=nan", "nan"), ("/v1/queue?x=1", "1"), ("/v1/loras?label=y", "y"),
+     ("/v1/models?x=1", "1"), ("/sdapi/v1/samplers?x=1", "1")],
+)  # fmt: skip
+def test_a_wrong_query_is_refused_with_its_value(place: Place, path: str, value: str) -> None:
+    answer = place.clients["one"].get(path)
+
+    assert answer.status_code in (400, 422)
+    assert f"the value is '{value}'" in answer.text
+
+
 def test_a_changed_file_of_keys_counts_at_once(place: Place) -> None:
     """A key is revoked, and a broken file lets nobody in, without a word of its content."""
     content, key = tenants.read(place.file), place.clients["two"]
@@ -324,6 +405,7 @@ def test_an_image_has_an_etag(place: Place) -> None:
     image = client.get(path)
     assert (image.status_code, image.content) == (200, IMAGE)
     assert image.headers["content-type"] == "image/png"
+    assert image.headers["vary"] == "Authorization"
     tag = image.headers["etag"]
     for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
         again = client.get(path, headers={"If-None-Match": known})
@@ -345,6 +427,20 @@ def test_an_image_with_a_url_is_redirected(place: Place) -> None:
     assert answer.headers["location"] == result["images"][0]["url"]
 
 
+def test_a_path_of_the_server_is_in_no_result(place: Place) -> None:
+    """An image of a folder store has no URL that a client could open."""
+    job_id, client = place.submit(), place.clients["one"]
+    result = succeeded(job_id)
+    result["images"][0]["url"] = "file:///var/lib/zlora/0.png"
+    place.store(job_id, "SUCCESS", result)
+
+    answers = [client.get(f"/v1/jobs/{job_id}{part}") for part in ("", "/result", "/events")]
+
+    assert all(answer.status_code == 200 for answer in answers)
+    assert not any("/var/lib" in answer.text for answer in answers)
+    assert client.get(f"/v1/jobs/{job_id}/images/0").content == IMAGE
+
+
 def test_head_is_get_without_a_body(place: Place) -> None:
     """Also of the events of a job that goes on, which are not waited for."""
     job_id, client = place.submit(), place.clients["one"]
@@ -358,7 +454,10 @@ def test_head_is_get_without_a_body(place: Place) -> None:
 
 def test_other_sites_are_allowed_by_name_only(broker_url: str) -> None:
     """CORS: the origin of the setting gets its headers, any other gets none."""
-    asked = {"Access-Control-Request-Method": "POST"}
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, x-fal-queue-priority, x-stainless-os",
+    }
     with (
         running(broker_url, ZLORA_HTTP_ORIGINS="https://shop.example") as server,
         server.client() as client,
@@ -369,3 +468,4 @@ def test_other_sites_are_allowed_by_name_only(broker_url: str) -> None:
         ]
     allowed = [answer.headers.get("access-control-allow-origin") for answer in answers]
     assert allowed == ["https://shop.example", None]
+    assert [answer.status_code for answer in answers] == [200, 403]

@@ -1,9 +1,13 @@
 """Hostile requests: each has the right status and a problem document, and nothing leaks."""
 
+import base64
 import gzip
 import json
 import socket
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -15,6 +19,7 @@ from support.http_server import running
 OTHERS: Final = "{others_job}"  # stands for the id of another tenant's job
 LARGE: Final = 2**20 + 1  # bytes: more than a body may have
 GROWN: Final = 100 * 2**20  # bytes that all of these requests may leave in memory
+HELD: Final = 300 * 2**20  # bytes that requests may take at the same time
 SCRIPT: Final = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 
 
@@ -242,6 +247,67 @@ def test_the_server_lives_after_hostile_requests(door: Door) -> None:
         assert secret not in log
 
 
+# Small bodies that would take much time or memory
+
+CROWD: Final = 40  # requests at the same time
+
+
+def dense(path: str, size: int, unit: bytes) -> tuple[str, bytes]:
+    """Return a body with as many objects as fit, and its path."""
+    head, end = b'{"prompt":"x","loras":[', unit + b"]}"
+    return path, head + (unit + b",") * ((size - len(head) - len(end)) // (len(unit) + 1)) + end
+
+
+def png_info(text: str) -> tuple[str, bytes]:
+    """Return the body of a question for the text in a PNG, and its path."""
+    data = b"parameters\0" + text.encode()
+    chunk = struct.pack(">I4s", len(data), b"tEXt") + data + b"\0\0\0\0"
+    image = base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk).decode()
+    return "/sdapi/v1/png-info", json.dumps({"image": image}).encode()
+
+
+def test_the_fields_of_a_form_are_bounded_too(door: Door) -> None:
+    """They are JSON, each of a size of which a body may have few objects."""
+    dense_field = "[" + "{}," * 300_000 + "{}]"
+    with door.client() as client:
+        answer = client.post(
+            "/v1/images/edits", files={"image": b"x"}, data={"prompt": "x", "loras": dense_field}
+        )
+
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "loras")
+    assert "commas" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("request_of", "statuses"),
+    [
+        (partial(dense, "/v1/jobs", 2**20, b"{}"), {422}),
+        (partial(dense, "/v1/jobs", 150_000, b'{"a":{}}'), {422, 429, 503}),
+        (partial(dense, "/fal/run/fal-ai/lora", 21 * 2**20, b"[]"), {422, 429, 503}),
+        (partial(dense, "/sdapi/v1/img2img", 2**20, b'"\xf0\x9f\x98\x80"'), {422, 429, 503}),
+        (partial(png_info, "a" * 65_000), {200}),
+        (partial(png_info, 'a:"\\"' * 13_000), {200}),
+        (partial(png_info, "a" * 66_000), {422}),
+    ],
+    ids=["objects", "nested", "arrays", "wide letters", "a name", "quotes", "a long text"],
+)
+def test_small_bodies_take_neither_time_nor_memory(
+    door: Door, request_of: Callable[[], tuple[str, bytes]], statuses: set[int]
+) -> None:
+    """Many at once are answered, the server answers others meanwhile, and memory is bounded."""
+    path, content = request_of()
+    before, most = door.server.memory(), 0
+    with door.client() as client, ThreadPoolExecutor(CROWD) as threads:
+        client.get("/health/live")
+        sent = [threads.submit(client.post, path, content=content) for _ in range(CROWD)]
+        while not all(answer.done() for answer in sent):
+            assert client.get("/health/live", timeout=10).status_code == 200
+            most = max(most, door.server.memory())
+
+    assert {answer.result().status_code for answer in sent} <= statuses
+    assert most - before < HELD
+
+
 def secrets_of(door: Door) -> list[str]:
     """Return texts that no answer and no log has."""
     return [SECRET_PROMPT, "Traceback", "root:x:0", *door.keys.values()]
@@ -311,6 +377,7 @@ def test_what_is_not_http_has_an_answer(door: Door, name: str) -> None:
         codes = {400: "not_http", 404: "not_found", 431: "headers_too_large"}
         assert json.loads(rest)["code"] == codes[status]
         assert b"application/problem+json" in head
+    assert "Invalid HTTP request" not in door.log.read_text()
     with door.client() as client:
         assert client.get("/health/live").status_code == 200
 

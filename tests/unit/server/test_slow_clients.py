@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from support.http_server import Server, running
+from support.http_server import Server, running, write_keys
 from support.processes import wait_until
+from zlora.server.tenants import Tenant
 
 # Deadlines and bounds that a test can reach. What holds them is the same code.
 SHORT: Final = """
@@ -149,6 +150,32 @@ def answer_of(connection: socket.socket) -> tuple[str, str]:
     while not text.endswith("}"):
         text += connection.recv(65_536).decode()
     return text.split(" ", 2)[1], text
+
+
+def test_the_bodies_of_a_tenant_leave_room_for_others(broker_url: str, tmp_path: Path) -> None:
+    """Beyond its bound a tenant has 429; bodies that end make room again."""
+    keys = write_keys(tmp_path / "keys.json", one=Tenant(), two=Tenant())
+    first = "import zlora.server.load; zlora.server.load.MAX_HELD_OF_TENANT = 2 * 2**20"
+    content = json.dumps({"prompt": "x"}).encode() + b" " * 1_000_000
+    head = f"Authorization: Bearer {keys['one']}\r\nContent-Length: {len(content)}\r\n\r\n"
+    variables = {"ZLORA_API_KEYS": str(tmp_path / "keys.json")}
+    with (
+        running(broker_url, log=tmp_path / "log", first=first, **variables) as server,
+        server.client(keys["one"]) as one,
+        server.client(keys["two"]) as two,
+    ):
+        with ExitStack() as stack:
+            for _ in range(2):
+                half = stack.enter_context(opened(server))
+                half.sendall(POST + head.encode() + content[:-1])
+            wait_until(lambda: one.post("/v1/jobs", content=content).status_code == 429, "a bound")
+            refused = one.post("/v1/jobs", content=content)
+            taken = two.post("/v1/jobs", content=content)
+        wait_until(lambda: one.post("/v1/jobs", content=content).status_code == 202, "room")
+
+    assert refused.json()["code"] == "too_many_requests"
+    assert int(refused.headers["Retry-After"]) > 0
+    assert taken.status_code == 202
 
 
 def test_open_requests_are_bounded(server: Server) -> None:

@@ -105,6 +105,7 @@ def test_what_no_key_can_have_is_refused(file: Path, words: list[str], status: i
         "[]",
         '{"tenants": {"a": {"max_job": 1}}}',
         '{"tenants": {"../a": {}}}',
+        '{"tenants": {"local": {}}}',
         '{"tenants": {"a": {"sources": ["owner"]}}}',
         '{"keys": [{"id": "x", "sha256": "0", "tenant": "a", "created": 1}]}',
         '{"keys": [{"id": "x", "sha256": "' + "0" * 64 + '", "tenant": "a", "created": 1}]}',
