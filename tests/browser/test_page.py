@@ -277,6 +277,16 @@ def test_a_sweep_is_a_grid_with_its_values(
     expect(page.get_by_label("Weight of anime-style", exact=True)).to_have_value("0.5")
 
 
+def test_a_sweep_over_a_field_without_a_choice_is_filled_as_it_was(visit: Open, url: str) -> None:
+    request = {**SMALL, "prompt": "a tower", "sweep": {"clip_skip": [0, 1]}}
+    page = visit(f"{url}#/jobs/{drawn(url, request)}/fill")
+    expect(page.get_by_label("Values of the axis")).to_have_value("[0,1]")
+    press_draw(page)
+
+    expect(page.get_by_role("columnheader")).to_have_text(["clip_skip 0", "clip_skip 1"])
+    assert job(page, url)["result"]["request"]["sweep"] == request["sweep"]
+
+
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
 def test_an_error_is_shown_at_its_field(visit: Open, *, width: int, scheme: str) -> None:
     """Those of the form, of the server, and of a job that has failed; the focus goes there."""
