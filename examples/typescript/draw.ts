@@ -3,7 +3,7 @@ Draw an image with two LoRAs over HTTP, follow the job, and save the image.
 
 It needs a running `zlora serve`, and Node.js 24. From the folder of the clone:
 
-    node examples/typescript/draw.ts "a lighthouse at dusk" demo://anime-style demo://pixel-style
+    node examples/typescript/draw.ts "a lighthouse at dusk" demo://anime-style demo://neon-lights
 
 `ZLORA_SERVER` is the address of the server, `ZLORA_API_KEY` a key if it wants one. The types are
 those of the server's OpenAPI document.

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -246,6 +247,13 @@ def _celery(*arguments: str) -> list[str]:
 def _server_command(port: int) -> list[str]:
     if find_spec("uvicorn") is None:
         raise StackError("no server: pip install 'z-image-lora[server]'")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            message = f"port {port}: {error.strerror}: choose another with --serve-port"
+            raise StackError(message) from error
     return [sys.executable, "-m", "zlora", "serve", f"--port={port}"]
 
 

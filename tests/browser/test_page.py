@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from support.http_server import serve
 from support.processes import clean_environ, free_port, wait_until
 from zlora import config
+from zlora.schema import MAX_SEED
 from zlora.server.tenants import KeyFile, Tenant, new_key, write
 
 SMALL: Final = {"num_inference_steps": 4, "seed": 7}
@@ -159,7 +160,7 @@ def test_two_loras_are_drawn_and_one_is_left_out_beside_it(
     first = job(page, url)["result"]
     assert [spec["weight"] for spec in first["request"]["loras"]] == [0.8, 0.5]
 
-    page.get_by_role("button", name="Draw without neon-lights").click()
+    page.get_by_role("button", name="Draw without it: neon-lights").click()
     expect(page.get_by_text("With anime-style, neon-lights")).to_be_visible()
     expect(page.get_by_role("figure").filter(has_text="Without neon-lights")).to_be_visible()
     require_fits(page)
@@ -180,7 +181,8 @@ def test_a_running_job_is_cancelled_also_after_a_reload(
     page.get_by_label("Steps").fill("200")
     press_draw(page)
     expect(page.get_by_text(re.compile(r"Step \d+ of 200"))).to_be_visible()
-    expect(page.get_by_alt_text("The image so far")).to_be_visible()
+    expect(page.get_by_alt_text("The image so far")).to_be_in_viewport(ratio=1)
+    expect(page.get_by_role("button", name="Cancel")).to_be_in_viewport(ratio=1)
 
     page.reload()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a city")
@@ -251,10 +253,12 @@ def test_a_sweep_is_a_grid_with_its_values(
     page.get_by_role("button", name="+ anime-style").click()
     page.get_by_text("Sweep", exact=True).click()
     page.get_by_role("button", name="Add an axis").click()
-    page.get_by_label("Values of the axis").fill("0-1 [3]")
+    for values, count in (("5-1", 5), ("9-1 (-2)", 5), ("1-3, 7, 0-1 (+0.5)", 7), ("0-1 [3]", 3)):
+        page.get_by_label("Values of the axis").fill(values)
+        expect(page.get_by_text(f"{count} images", exact=True)).to_be_visible()
     page.get_by_role("button", name="Add an axis").click()
     page.get_by_label("Field of the axis").nth(1).select_option("Seed")
-    page.get_by_label("Values of the axis").nth(1).fill("5, 6")
+    page.get_by_label("Values of the axis").nth(1).fill("5-6")
     expect(page.get_by_text(re.compile("3 . 2 = 6 images"))).to_be_visible()
     press_draw(page)
 
@@ -264,11 +268,23 @@ def test_a_sweep_is_a_grid_with_its_values(
         ["anime-style 0", "anime-style 0.5", "anime-style 1"]
     )
     expect(grid.get_by_role("img")).to_have_count(6)
+    receipt = page.get_by_role("complementary", name="Receipt")
+    expect(receipt).to_contain_text(re.compile("up to .* %weight 1 in the image that it changes"))
     require_fits(page)
 
     grid.get_by_role("button", name="Use the values of anime-style 0.5, Seed 6").click()
     expect(page.get_by_label("Seed", exact=True)).to_have_value("6")
     expect(page.get_by_label("Weight of anime-style", exact=True)).to_have_value("0.5")
+
+
+def test_a_sweep_over_a_field_without_a_choice_is_filled_as_it_was(visit: Open, url: str) -> None:
+    request = {**SMALL, "prompt": "a tower", "sweep": {"clip_skip": [0, 1]}}
+    page = visit(f"{url}#/jobs/{drawn(url, request)}/fill")
+    expect(page.get_by_label("Values of the axis")).to_have_value("[0,1]")
+    press_draw(page)
+
+    expect(page.get_by_role("columnheader")).to_have_text(["clip_skip 0", "clip_skip 1"])
+    assert job(page, url)["result"]["request"]["sweep"] == request["sweep"]
 
 
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
@@ -286,6 +302,16 @@ def test_an_error_is_shown_at_its_field(visit: Open, *, width: int, scheme: str)
     require_accessible(page)
 
     weight.fill("1")
+    steps = page.get_by_label("Steps")
+    steps.fill("0")
+    page.keyboard.press("Control+Enter")
+    expect(steps).to_have_accessible_description("Expected a whole number >= 1; the value is 0")
+    note, field = page.locator("#field-error").bounding_box(), steps.bounding_box()
+    assert note is not None
+    assert field is not None
+    assert note["width"] > 2 * field["width"]
+
+    steps.fill("4")
     other = page.get_by_label("Other fields of the request")
     page.get_by_text("More", exact=True).click()
     other.fill("{")
@@ -310,6 +336,31 @@ def test_an_error_is_shown_at_its_field(visit: Open, *, width: int, scheme: str)
     failed = page.get_by_label("Weight of nothing", exact=True)
     expect(failed).to_have_accessible_description(re.compile("demo://nothing: expected"))
     expect(page.get_by_role("heading", name="This job has failed")).to_be_visible()
+
+
+def test_a_job_that_nobody_has_leaves_no_other_on_the_stage(visit: Open, url: str) -> None:
+    page = visit(f"{url}#/jobs/{drawn(url, {**SMALL, 'prompt': 'a city'})}")
+    expect(page.get_by_role("figure")).to_be_visible()
+
+    page.goto(f"{url}#/jobs/nobody")
+
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect(page.get_by_role("figure")).to_be_hidden()
+    expect(page.get_by_role("complementary", name="Receipt")).to_be_hidden()
+
+
+def test_a_seed_and_the_defaults_are_shown_in_full(visit: Open, url: str) -> None:
+    """The greatest seed fits in its field; steps that no request names are not in the gallery."""
+    ident = drawn(url, {"prompt": "a lake", "sweep": {"num_inference_steps": [1, 2]}})
+    page = visit(f"{url}#/gallery", width=360)
+    card = page.get_by_role("listitem").filter(has_text="a lake").first
+    expect(card).to_contain_text(re.compile("sweep of 2 · 64 . 64 · seed"))
+
+    page.goto(f"{url}#/jobs/{ident}")
+    expect(page.get_by_label("Scheduler", exact=True)).to_contain_text("Default: ")
+    seed = page.get_by_label("Seed", exact=True)
+    seed.fill(str(MAX_SEED))
+    assert seed.evaluate("input => input.scrollWidth <= input.clientWidth")
 
 
 def test_text_of_others_stays_text(visit: Open, url: str) -> None:
@@ -390,6 +441,33 @@ def test_a_key_is_asked_for_and_sent_with_images_and_events(
         expect(dialog).to_be_visible()
         page.keyboard.press("Escape")
         expect(dialog).to_be_hidden()
+
+
+def test_a_key_that_comes_late_brings_what_the_queue_serves(
+    visit: Open, home: Path, url: str, tmp_path: Path
+) -> None:
+    text, key = new_key("late", now=0)
+    keys = tmp_path / "keys.json"
+    write(keys, KeyFile(tenants={"late": Tenant()}, keys=(key,)))
+    assert url  # the worker runs
+    broker = config.recorded_broker(home)
+    assert broker is not None
+    with serve(broker, ZLORA_API_KEYS=str(keys), ZLORA_HOME=str(home)) as base:
+        page = visit(f"{base}/")
+        dialog = page.get_by_role("dialog", name="API key")
+        expect(dialog).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.get_by_text("Describe an image, and press Draw.")).to_be_visible()
+        page.get_by_label("Prompt", exact=True).fill("a portrait")
+        page.get_by_label("Steps").fill("4")
+        page.keyboard.press("Control+Enter")
+        dialog.get_by_label("Key").fill(text)
+        page.keyboard.press("Enter")
+
+        expect(page.locator("#served")).to_contain_text("SDXL")
+        expect(page.get_by_role("button", name="+ anime-style")).to_be_visible()
+        expect(page.get_by_label("Guidance")).to_have_attribute("placeholder", re.compile(r"\d"))
+        expect(page.get_by_role("figure").get_by_role("img")).to_be_visible()
 
 
 def test_a_stream_that_breaks_is_opened_again_where_it_was(visit: Open, url: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from PIL import Image
 from support.processes import clean_environ, free_port, wait_until
 from support.tiny_folder import tiny_model
 from zlora import Client, JobHandle, JobState, config, embedded
@@ -285,3 +286,51 @@ def test_the_first_steps_of_the_readme_work_as_written(tmp_path: Path) -> None:
 
     saved = list((tmp_path / "images").glob("*-0.png"))
     assert len(saved) == len({path.read_bytes() for path in saved}) == 2
+
+
+def test_the_examples_of_the_http_pages_draw_as_written(tmp_path: Path) -> None:
+    """Those for curl, and for the clients of fal, OpenAI and A1111, beside `zlora up --serve`."""
+    port, tls_port = free_port(), free_port()
+
+    def blocks(page: str, language: str) -> list[str]:
+        text = (Path(__file__).parents[2] / "docs" / page).read_text()
+        found = re.findall(rf"^```{language}\n(.+?)^```", text, re.MULTILINE | re.DOTALL)
+        return [block.replace("8000", str(port)).replace("8443", str(tls_port)) for block in found]
+
+    programs = Path(sys.executable).parent
+    environ = clean_environ(
+        {
+            "ZLORA_HOME": str(tmp_path / "home"),
+            "ZLORA_MODEL": "demo",
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+    )
+
+    def ran(*command: str) -> str:
+        done = subprocess.run(
+            command, env=environ, cwd=tmp_path, check=True, capture_output=True, encoding="utf-8"
+        )
+        return done.stdout
+
+    def side_of(name: str) -> tuple[int, int]:
+        with Image.open(tmp_path / name) as image:
+            return image.size
+
+    with up(environ, tmp_path / "screen", "--serve", f"--serve-port={port}") as stack:
+        stack.wait_for("\nready after ")
+        # The first block has started the stack; the last one is for a clone (`test_examples.py`).
+        assert "event: end\nid: end\n" in ran("bash", "-ec", "".join(blocks("curl.md", "sh")[1:-1]))
+        assert side_of("0.png") == (64, 64)
+
+        for page in ("openai.md", "a1111.md"):
+            ran("python", "-c", "".join(blocks(page, "python")))
+            assert side_of("portrait.png") == (64, 64)
+            (tmp_path / "portrait.png").unlink()
+
+        server, variables = blocks("fal.md", "sh")
+        wait = f"until curl -s --cacert certificate.pem https://localhost:{tls_port}/health/live"
+        script = f"{server.rstrip()} &\ntrap 'kill %1' EXIT\n{wait}; do sleep 0.1; done\n"
+        (tmp_path / "program.py").write_text(blocks("fal.md", "python")[0])
+        printed = ran("bash", "-ec", f"{script}{variables}python program.py")
+        assert re.search(rf"https://localhost:{tls_port}/v1/jobs/[\w-]+/images/0\n$", printed)

@@ -12,7 +12,7 @@ from zlora.json_schema import schemas_of
 from zlora.server.endpoint import Api, Endpoint
 from zlora.server.problems import Problem
 
-_NATIVE: Final = "v1"  # of the API whose operations have names without a prefix
+_NATIVE: Final = "v1"  # operations of this API have no prefix
 _REFERENCE: Final = "#/components/schemas/{name}"
 _IN_PATH: Final = re.compile(r"\{(\w+)(?::path)?\}")
 

@@ -4,6 +4,7 @@ const KEY = "zlora-api-key"; // in sessionStorage: gone when the tab is closed
 const RETRY = 2000; // milliseconds before a stream of events is opened again
 
 let askForKey;
+let afterKey;
 let asking = null;
 
 /** An error of the API, as a problem document (RFC 9457). */
@@ -17,9 +18,10 @@ export class Problem extends Error {
   }
 }
 
-/** Set the function that asks for an API key; it resolves to null if there is none. */
-export function onUnauthorized(ask) {
+/** Set the function that asks for an API key, null if there is none, and one for a new key. */
+export function onUnauthorized(ask, after) {
   askForKey = ask;
+  afterKey = after;
 }
 
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
@@ -168,10 +170,15 @@ async function problemOf(response) {
 
 /** Ask once for all requests that wait for a key; return whether there is one. */
 async function newKey(wasWrong) {
-  asking ??= askForKey(wasWrong).finally(() => {
-    asking = null;
-  });
-  const key = await asking;
-  if (key !== null) sessionStorage.setItem(KEY, key);
-  return key !== null;
+  asking ??= askForKey(wasWrong)
+    .then((key) => {
+      if (key === null) return false;
+      sessionStorage.setItem(KEY, key);
+      afterKey();
+      return true;
+    })
+    .finally(() => {
+      asking = null;
+    });
+  return asking;
 }

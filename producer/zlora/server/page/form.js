@@ -26,6 +26,8 @@ const SHAPES = [
   [3, 2],
   [16, 9],
 ];
+// What errors call the types of JSON.
+const TYPES = { int: "a whole number", float: "a number", str: "a text", bool: "true or false" };
 const DRAFT = "zlora-draft"; // in sessionStorage: a reload keeps the form
 
 let filledImage; // with its checksum, as long as its address is in the field
@@ -41,7 +43,7 @@ export function offerServed(info) {
   );
   byId("model-field").hidden = info.models.length < 2;
   const own = info.scheduler.replace(/(Discrete)?Scheduler$/, "");
-  offer("scheduler", [["", `Own: ${own}`], ...info.schedulers.map((name) => [name, name])]);
+  offer("scheduler", [["", `Default: ${own}`], ...info.schedulers.map((name) => [name, name])]);
   byId("steps").placeholder = info.num_inference_steps;
   byId("guidance").placeholder = info.guidance_scale;
   byId("width").placeholder = info.width;
@@ -52,7 +54,7 @@ export function offerServed(info) {
     `${wide}:${high}`,
   ]);
   const others = shapes.filter(([value]) => value !== `${info.width} ${info.height}`);
-  offer("shape", [["", "Own"], ...others, ["other", "Other"]]);
+  offer("shape", [["", "Default"], ...others, ["other", "Other"]]);
   const isChat = limits.prompts === "chat"; // one message, which has neither weights nor previews
   byId("syntax-field").hidden = byId("previews-field").hidden = isChat;
 }
@@ -180,7 +182,9 @@ export function showError(error) {
   }
   const note = h("p", { class: "error", id: "field-error" }, messageOf(error));
   const field = input.closest(".field");
-  field.append(note);
+  const cell = input.closest(".grid > *");
+  if (cell) cell.after(note); // a cell is too narrow for a sentence
+  else field.append(note);
   input.setAttribute("aria-invalid", "true");
   input.setAttribute("aria-describedby", note.id);
   input.focus({ preventScroll: true });
@@ -196,10 +200,13 @@ export function clearErrors() {
   }
 }
 
-/** Return an error's message without the path, which the place of the message says. */
-export function messageOf(error) {
-  const path = error.path ? `${error.path}: ` : "";
-  return error.message.startsWith(path) ? error.message.slice(path.length) : error.message;
+/** Return an error's message in words, without the path, which the place of the message says. */
+export function messageOf({ path, message }) {
+  const prefix = path ? `${path}: ` : "";
+  const text = message.startsWith(prefix) ? message.slice(prefix.length) : message;
+  return text.replace(/^Expected `(\w+)(?: \| null)?`/, (found, type) =>
+    type in TYPES ? `Expected ${TYPES[type]}` : found,
+  );
 }
 
 /** Return the input for a path such as `$.loras[0].weight`: that of the longest part of it. */

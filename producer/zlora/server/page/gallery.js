@@ -2,7 +2,7 @@
 
 import { showImage } from "./api.js";
 import { byId, cut, h } from "./dom.js";
-import { hasEnded, jobs } from "./jobs.js";
+import { hasEnded, jobs, stepsOf } from "./jobs.js";
 import { loraName } from "./loras.js";
 import { progressOf, stateOf } from "./result.js";
 
@@ -125,6 +125,7 @@ function fillCard(item, job) {
     return;
   }
   const { request, images, cells, seed } = job.result;
+  const steps = stepsOf(job.result);
   const name = cut(request.prompt, 300) || "No prompt";
   const loras = (request.loras ?? []).map((spec) =>
     `${loraName(spec)} ${spec.weight ?? ""}`.trim(),
@@ -136,7 +137,7 @@ function fillCard(item, job) {
         ? `${images.length} images`
         : null,
     `${images[0].width} × ${images[0].height}`,
-    `${request.num_inference_steps ?? "?"} steps`,
+    steps ? `${steps} steps` : null,
     `seed ${seed}`,
   ];
   item.replaceChildren(

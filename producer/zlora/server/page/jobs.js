@@ -18,6 +18,12 @@ export function recipeOf(result) {
   return request;
 }
 
+/** Return the steps of each image of a result, undefined if images of a sweep differ in them. */
+export function stepsOf({ request, cells, recipe_fields: fields }) {
+  if (request.sweep?.num_inference_steps) return undefined;
+  return fields.num_inference_steps ?? (cells[0]?.request ?? request).num_inference_steps;
+}
+
 /** Emits `change` with the id of a job that has changed. */
 class Jobs extends EventTarget {
   #known = new Map();

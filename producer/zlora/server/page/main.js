@@ -13,6 +13,7 @@ import { WrongValue, countWords, offerFields, setUpSweep } from "./sweep.js";
 const LOOK = 2000; // milliseconds between two questions for a worker
 
 let selected = null; // id of the job on the stage
+let drawn = null; // id of a new job, to which the page scrolls once it is on the stage
 let fromForm = null; // id of the job that the form has made as it stands
 let spoken = ""; // what screen readers were told last of the selected job
 
@@ -55,8 +56,16 @@ const drawForm = reporting(async () => {
 });
 
 function show(id) {
+  drawn = id;
   location.hash = `#/jobs/${id}`;
-  byId("stage").scrollIntoView({ block: "start" });
+}
+
+/** Show that there is no job to show. */
+function showNoJob() {
+  selected = null;
+  jobs.unfollow();
+  showNothing();
+  showStrip(selected);
 }
 
 function fill(request) {
@@ -130,7 +139,10 @@ const route = reporting(async () => {
   byId("to-gallery").setAttribute("aria-current", isGallery ? "page" : "false");
   if (isGallery) return openGallery();
   if (view !== "jobs") return selected === null ? showNothing() : undefined;
-  const job = await jobs.load(id);
+  const job = await jobs.load(id).catch((error) => {
+    showNoJob();
+    throw error;
+  });
   selected = id;
   spoken = stateOf(job);
   if (option === "fill" && job.result) {
@@ -140,6 +152,8 @@ const route = reporting(async () => {
   const compared = job.labels?.compared_with;
   if (compared) await jobs.load(compared).catch(() => {}); // it may have expired
   showJob(job);
+  if (id === drawn) byId("stage").scrollIntoView({ block: "start" });
+  drawn = null;
   showStrip(selected);
   showFailure(job);
   return isOver(job) ? jobs.unfollow() : jobs.follow(id);
@@ -215,9 +229,31 @@ async function learnServed() {
   }
 }
 
+/** Learn what the queue serves, then show the job that the address names, and recent ones. */
+async function start() {
+  const isAllowed = await learnServed();
+  onFormChange();
+  if (isAllowed) {
+    route();
+    jobs.loadRecent().catch(showProblem);
+  } else if (selected === null) {
+    showNothing();
+  }
+}
+
+let starting = null;
+
+/** Start, also anew once there is a key; not twice at the same time. */
+function startOnce() {
+  starting ??= start().finally(() => {
+    starting = null;
+  });
+  return starting;
+}
+
 setUpDialogs();
 setUpUploads();
-onUnauthorized(askForKey);
+onUnauthorized(askForKey, startOnce);
 setUpLoras(onFormChange);
 setUpSweep(onFormChange);
 form.setUpForm(onFormChange);
@@ -237,12 +273,5 @@ addEventListener("hashchange", route);
 
 const draft = form.keptDraft();
 if (draft) form.fillForm(draft);
-const isAllowed = await learnServed();
-onFormChange();
-if (isAllowed) {
-  route();
-  jobs.loadRecent().catch(showProblem);
-} else {
-  showNothing();
-}
+await startOnce();
 jobs.watch();

@@ -2,7 +2,7 @@
 
 import { actions } from "./actions.js";
 import { byId, cut, h, seconds, short } from "./dom.js";
-import { recipeOf } from "./jobs.js";
+import { recipeOf, stepsOf } from "./jobs.js";
 import { loraName } from "./loras.js";
 
 const DIGITS = 12; // of a checksum; its title has all
@@ -22,7 +22,7 @@ export function showReceipt(job) {
       result.images.length > 1 && !result.cells.length ? `${result.seed} and up` : result.seed,
     ],
     ["Size", `${result.images[0].width} × ${result.images[0].height}`],
-    ["Steps", result.recipe_fields.num_inference_steps ?? request.num_inference_steps],
+    ["Steps", stepsOf(result)],
     ["Guidance", result.recipe_fields.guidance_scale ?? request.guidance_scale],
     ["Scheduler", result.scheduler?.replace(/(Discrete)?Scheduler/, "")],
     ["Model", result.model],
@@ -87,9 +87,10 @@ function changeOf(job, lora, index) {
     : short(lora.unet_weight);
   const norm = lora.relative_norm;
   const text = lora.text_encoder_weight;
+  const isSwept = Object.keys(job.result.request.sweep ?? {}).some((path) => /^loras\b/.test(path));
   const isUsed = lora.unet_weight !== 0 || text !== 0;
   const details = [
-    `weight ${weight}`,
+    `weight ${weight}${isSwept ? " in the image that it changes most" : ""}`,
     isUsed && text !== lora.unet_weight ? `${short(text)} in the text encoders` : null,
     isUsed ? `${layers} layers` : "not used",
     lora.ranks.length ? `rank ${lora.ranks.join(", ")}` : null,
@@ -115,7 +116,7 @@ function changeOf(job, lora, index) {
           h(
             "span",
             { title: "Norm of the change, divided by the norm of the weights that it changes" },
-            `${short(norm * 100, 1)} %`,
+            `${isSwept ? "up to " : ""}${short(norm * 100, 1)} %`,
           ),
         ),
     h("span", { class: "details" }, details.filter(Boolean).join(" · ")),
@@ -128,7 +129,7 @@ function changeOf(job, lora, index) {
           {
             type: "button",
             onclick: () => withoutLora(job, index, name),
-            "aria-label": `Draw without ${name}`,
+            "aria-label": `Draw without it: ${name}`,
           },
           "Draw without it",
         )

@@ -12,6 +12,9 @@ const FIELDS = {
 };
 const MOST_AXES = 3;
 const LORA_PATH = /^loras\[(\d)\]\.weight$/;
+const NUMBER = String.raw`([+-]?\d+(?:\.\d+)?)`;
+const RANGE = new RegExp(`^${NUMBER}\\s*-\\s*${NUMBER}\\s*(?:\\(${NUMBER}\\)|\\[(\\d+)\\])?$`);
+const MOST_VALUES = 64; // of a range
 
 let axes = [];
 let changed = () => {};
@@ -54,7 +57,8 @@ export function fillSweep(sweep) {
   for (const [path, values] of Object.entries(sweep ?? {})) {
     const index = LORA_PATH.exec(path)?.[1];
     const row = index === undefined ? undefined : loraRows()[Number(index)];
-    const isList = values.every((value) => typeof value === "number" || path === "scheduler");
+    const isNumbers = hasNumbers(path) && values.every((value) => typeof value === "number");
+    const isList = path === "scheduler" || isNumbers;
     addAxis(row ? `lora ${row.id}` : path, isList ? values.join(", ") : JSON.stringify(values));
   }
 }
@@ -186,7 +190,9 @@ function pathOf(value) {
   return `loras[${index}].weight`;
 }
 
-/** Parse `1, 2, 3`, A1111's `1-9 (+2)` and `0-1 [5]`, or a JSON list. */
+const hasNumbers = (path) => path !== "scheduler" && (path in FIELDS || LORA_PATH.test(path));
+
+/** Parse a JSON list, or values with commas between them; numbers may be ranges as in A1111. */
 function valuesOf(input, path) {
   const text = input.value.trim();
   const wrong = (message) => new WrongValue(input, message);
@@ -198,25 +204,28 @@ function valuesOf(input, path) {
       throw wrong("Expected a JSON list after the [");
     }
   }
-  const number = String.raw`(-?\d+(?:\.\d+)?)`;
-  const range = new RegExp(`^${number}\\s*-\\s*${number}\\s*(?:\\(\\+?${number}\\)|\\[(\\d+)\\])$`);
-  const found = range.exec(text);
-  if (found) {
-    const [from, to] = [Number(found[1]), Number(found[2])];
-    const step = found[3] ? Number(found[3]) : (to - from) / (Number(found[4]) - 1 || 1);
-    const count = found[4] ? Number(found[4]) : Math.floor((to - from) / step + 1e-9) + 1;
-    if (!(count >= 1 && count <= 64)) throw wrong("Expected 1 to 64 values");
-    return Array.from({ length: count }, (_, index) => Number((from + index * step).toFixed(6)));
-  }
   const parts = text
     .split(",")
     .map((part) => part.trim())
     .filter((part) => part !== "");
-  if (path === "scheduler" || !(path in FIELDS || LORA_PATH.test(path))) return parts;
-  const numbers = parts.map(Number);
-  const strange = parts.find((_, index) => Number.isNaN(numbers[index]));
-  if (strange !== undefined) throw wrong(`Expected numbers, got ${cut(strange, 20)}`);
-  return numbers;
+  if (!hasNumbers(path)) return parts;
+  return parts.flatMap((part) => {
+    const found = RANGE.exec(part);
+    const numbers = found ? numbersOf(found) : [Number(part)];
+    if (numbers.length === 0) throw wrong(`Expected 1 to ${MOST_VALUES} values, got ${part}`);
+    if (Number.isNaN(numbers[0])) throw wrong(`Expected numbers, got ${cut(part, 20)}`);
+    return numbers;
+  });
+}
+
+/** Return the numbers of a range: `1-5`, `1-9 (+2)`, `9-1 (-2)`, `0-1 [5]`; none if too many. */
+function numbersOf([, first, last, by, times]) {
+  const from = Number(first);
+  const way = Number(last) - from;
+  const step = by ? Number(by) : times ? way / (times - 1 || 1) : Math.sign(way) || 1;
+  const count = times ? Number(times) : Math.floor(way / step + 1e-9) + 1;
+  if (!(count >= 1 && count <= MOST_VALUES)) return [];
+  return Array.from({ length: count }, (_, index) => Number((from + index * step).toFixed(6)));
 }
 
 /** Return the value that a cell has at a path, with the name of its field. */

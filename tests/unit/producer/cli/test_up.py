@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Self
 
@@ -115,3 +116,19 @@ def test_a_process_that_ends_is_reported_with_the_last_lines_of_its_log(
         "no such model",
         "Error: the worker has ended; its log is /data/logs/worker.log [stack_error]",
     ]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_port_that_is_in_use_is_named_before_anything_is_printed(tmp_path: Path) -> None:
+    """The page of another server would be taken for this one."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        environ = {"ZLORA_HOME": str(tmp_path), "ZLORA_BROKER_URL": "redis://127.0.0.1:1/0"}
+
+        result = CliRunner().invoke(main, ["up", "--serve", f"--serve-port={port}"], env=environ)
+
+    assert (result.exit_code, result.stdout) == (69, "")
+    assert result.stderr == (
+        f"Error: port {port}: Address already in use: choose another with --serve-port"
+        " [stack_error]\n"
+    )
