@@ -2011,7 +2011,11 @@ export interface components {
             /**
              * @default {
              *       "side_step": 8,
-             *       "prompts": "windows"
+             *       "prompts": "windows",
+             *       "unread_guidance": null,
+             *       "has_text_loras": true,
+             *       "has_unet_blocks": true,
+             *       "upscales_latents": true
              *     }
              */
             limits?: components["schemas"]["BaseLimits"];
@@ -2041,11 +2045,31 @@ export interface components {
              */
             side_step?: number;
             /**
-             * @description Windows of CLIP, or one message of a chat, which has no weights and no embeddings.
+             * @description Windows of CLIP, or one message of a chat: without weights, layers to skip and embeddings.
              * @default windows
              * @enum {unknown}
              */
             prompts?: "chat" | "windows";
+            /**
+             * @description Guidance scale up to which a negative prompt is refused, since it is not read; else None.
+             * @default null
+             */
+            unread_guidance?: number | null;
+            /**
+             * @description Whether LoRAs are made for the text encoders too.
+             * @default true
+             */
+            has_text_loras?: boolean;
+            /**
+             * @description Whether the strength of a LoRA may differ between the blocks of a UNet.
+             * @default true
+             */
+            has_unet_blocks?: boolean;
+            /**
+             * @description Whether a second pass may start from enlarged latents.
+             * @default true
+             */
+            upscales_latents?: boolean;
         };
         /**
          * Txt2Img
