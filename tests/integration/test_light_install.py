@@ -67,4 +67,4 @@ def test_a_producer_is_light_and_can_submit(broker_url: str, tmp_path: Path) -> 
     assert state == "PENDING"
     assert advice.endswith("pip install 'z-image-lora[preflight]'")
     assert worker_side.stdout.strip() == "False"
-    assert list(empty.glob("lib/python*/site-packages/zlora/server/page/index.html"))
+    assert list(empty.glob("lib/python*/site-packages/zlora/server/page_files/index.html"))

@@ -29,9 +29,9 @@ from zlora.server.a1111 import A1111
 from zlora.server.endpoint import CLOSING, Api, Call, Endpoint, NoOptions, json_answer
 from zlora.server.fal import FAL
 from zlora.server.fal import HEADERS as FAL_HEADERS
-from zlora.server.job_index import JobIndex
-from zlora.server.load import Load, OpenRequest
+from zlora.server.job_owners import JobOwners
 from zlora.server.native import NATIVE
+from zlora.server.open_requests import OpenRequest, OpenRequests
 from zlora.server.openai_images import OPENAI
 from zlora.server.problems import HeadersTooLarge
 from zlora.server.rate_limits import RateLimits
@@ -58,7 +58,7 @@ class Server:
 
     def __init__(self, settings: ServerSettings) -> None:
         """Take the settings; raise `InvalidSetting` if the file of API keys cannot be read."""
-        self.load, self._origins = Load(), settings.origins
+        self.open_requests, self._origins = OpenRequests(), settings.origins
         connection = settings.connection
         self.keys = ApiKeys(settings.keys) if settings.keys else None
         self.rates = RateLimits(connection.broker_url, connection.queue)
@@ -72,7 +72,7 @@ class Server:
         )
         self.service = Service(
             client,
-            JobIndex(connection.broker_url, connection.queue),
+            JobOwners(connection.broker_url, connection.queue),
             Uploads(connection.broker_url, connection.queue),
             preflight=settings.preflight,
             image_hosts=settings.image_hosts,
@@ -161,7 +161,7 @@ class _Entry:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, endpoint = time.perf_counter(), self._endpoint
-        with self._server.load.request() as opened:
+        with self._server.open_requests.request() as opened:
             request = Request(scope, opened.bounded(scope, receive, endpoint.max_body))
             answer = await self._answer(request, opened)
             labels = (self._api.name, endpoint.path, endpoint.method)
@@ -173,7 +173,7 @@ class _Entry:
         server, caller = self._server, NOBODY
         try:
             if not self._endpoint.is_public:
-                server.load.require_room()
+                server.open_requests.require_room()
                 caller = await server.caller(self._api, request, opened)
             call = Call(request, caller, server.service, opened.hold)
             if self._endpoint.query is None and not self._endpoint.is_public:

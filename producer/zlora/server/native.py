@@ -33,7 +33,7 @@ from zlora.schema import (
 )
 from zlora.server import events
 from zlora.server.endpoint import Api, Call, Endpoint, json_answer
-from zlora.server.job_index import Entry
+from zlora.server.job_owners import Entry
 from zlora.server.problems import NotFound
 from zlora.server.service import public_result, web_url
 

@@ -27,7 +27,7 @@ _POLICY: Final = (
 
 def routes() -> list[Route]:
     """Return the routes of the page and of its files."""
-    folder = resources.files("zlora.server").joinpath("page")
+    folder = resources.files("zlora.server").joinpath("page_files")
     files = {
         file.name: _answer(file.read_bytes(), _TYPES[file.name.rpartition(".")[2]])
         for file in folder.iterdir()

@@ -9,8 +9,8 @@ import uvicorn
 
 from zlora.errors import InvalidSetting
 from zlora.server.app import MAX_HEAD, make_app
-from zlora.server.protocol import Protocol
 from zlora.server.settings import ServerSettings
+from zlora.server.slow_clients import Protocol
 
 KEEP_ALIVE: Final = 15  # seconds that an idle connection stays open
 _GRACE: Final = 10  # seconds for open requests at the end; streams of events are cut then

@@ -33,7 +33,7 @@ from zlora.schema import (
     invalid,
     parse_request,
 )
-from zlora.server.job_index import Entry, JobIndex, Page
+from zlora.server.job_owners import Entry, JobOwners, Page
 from zlora.server.problems import BodyTooLarge, TooManyJobs, TooManyRequests
 from zlora.server.tenants import Tenant, allowed_info, require_allowed, require_source
 
@@ -62,7 +62,7 @@ class Service:
     def __init__(
         self,
         client: AsyncClient,
-        index: JobIndex,
+        index: JobOwners,
         kept: Uploads,
         *,
         preflight: Callable[[], Preflight] = Preflight,

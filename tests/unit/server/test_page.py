@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from zlora.server import page
 
-FOLDER: Final = resources.files("zlora.server").joinpath("page")
+FOLDER: Final = resources.files("zlora.server").joinpath("page_files")
 TEXTS: Final = {file.name: file.read_text() for file in FOLDER.iterdir()}
 SCRIPTS: Final = {name: text for name, text in TEXTS.items() if name.endswith(".js")}
 

@@ -15,12 +15,12 @@ from zlora.server.tenants import Tenant
 
 # Deadlines and bounds that a test can reach. What holds them is the same code.
 SHORT: Final = """
-import zlora.server.load, zlora.server.protocol, zlora.server.run
-zlora.server.protocol.READ_SECONDS = 1.5
-zlora.server.protocol.WRITE_SECONDS = 1.5
-zlora.server.load.BODY_SECONDS = 1.5
-zlora.server.load.MAX_HELD = 4 * 2**20
-zlora.server.load.MAX_OPEN = 30
+import zlora.server.open_requests, zlora.server.slow_clients, zlora.server.run
+zlora.server.slow_clients.READ_SECONDS = 1.5
+zlora.server.slow_clients.WRITE_SECONDS = 1.5
+zlora.server.open_requests.BODY_SECONDS = 1.5
+zlora.server.open_requests.MAX_HELD = 4 * 2**20
+zlora.server.open_requests.MAX_OPEN = 30
 zlora.server.run.KEEP_ALIVE = 1
 """
 HEAD: Final = b"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\n"
@@ -155,7 +155,7 @@ def answer_of(connection: socket.socket) -> tuple[str, str]:
 def test_the_bodies_of_a_tenant_leave_room_for_others(broker_url: str, tmp_path: Path) -> None:
     """Beyond its bound a tenant has 429; bodies that end make room again."""
     keys = write_keys(tmp_path / "keys.json", one=Tenant(), two=Tenant())
-    first = "import zlora.server.load; zlora.server.load.MAX_HELD_OF_TENANT = 2 * 2**20"
+    first = "from zlora.server import open_requests as o; o.MAX_HELD_OF_TENANT = 2 * 2**20"
     content = json.dumps({"prompt": "x"}).encode() + b" " * 1_000_000
     head = f"Authorization: Bearer {keys['one']}\r\nContent-Length: {len(content)}\r\n\r\n"
     variables = {"ZLORA_API_KEYS": str(tmp_path / "keys.json")}

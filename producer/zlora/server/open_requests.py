@@ -21,7 +21,7 @@ BODY_SECONDS: Final = 30.0  # for all of a body
 _PIECE: Final = 65_536  # bytes of an answer that are given to a connection at once
 
 
-class Load:
+class OpenRequests:
     """The open requests of the server."""
 
     def __init__(self) -> None:
@@ -70,22 +70,22 @@ class Load:
 class OpenRequest:
     """One request, with the tenant and the bytes that count for it."""
 
-    def __init__(self, load: Load) -> None:
-        self._load = load
+    def __init__(self, requests: "OpenRequests") -> None:
+        self._requests = requests
         self.tenant: str | None = None
         self.held = 0
 
     def belongs_to(self, tenant: str) -> None:
         """Count the request for a tenant; raise `TooManyRequests`."""
         self.tenant = tenant
-        self._load.count(tenant)
+        self._requests.count(tenant)
 
     def hold(self, size: int) -> None:
         """Count bytes of the body or the answer until the request ends.
 
         Raises `Overloaded` or `TooManyRequests`.
         """
-        self._load.hold(size, self.tenant)
+        self._requests.hold(size, self.tenant)
         self.held += size
 
     def bounded(self, scope: Scope, receive: Receive, max_body: int) -> Receive:

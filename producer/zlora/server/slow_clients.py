@@ -19,7 +19,7 @@ class Protocol(H11Protocol):
 
     uvicorn itself waits for ever until a client has sent the head of a request, has sent the rest
     of a body after the answer, and has read an answer. Bodies that are read have a deadline of
-    their own (`zlora.server.load`).
+    their own (`zlora.server.open_requests`).
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -83,7 +83,7 @@ class Page(NamedTuple):
     cursor: int | None
 
 
-class JobIndex:
+class JobOwners:
     """The jobs of all tenants. Threads may share it; all methods raise `BrokerUnavailable`."""
 
     def __init__(self, broker_url: str, queue: str) -> None:
