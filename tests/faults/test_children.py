@@ -98,7 +98,7 @@ def test_job_that_changes_two_bases_fails_and_the_next_is_drawn(shared: Shared) 
     with pytest.raises(BaseNotRestored):
         culprit.result(timeout=60)
     assert next_one.result(timeout=60).base_intact
-    assert not scene.files(culprit)
+    wait_until(lambda: not scene.files(culprit), "its images are deleted")
 
 
 def test_job_that_hangs_fails_in_time_and_its_child_is_replaced(scene: Scene) -> None:

@@ -35,6 +35,7 @@ def test_next_job_is_taken_in_the_last_step_and_not_before(scene: Scene) -> None
         wait_until(lambda: not scene.queue_lists(), "the second job is taken")
         assert not scene.events("end", first)
         assert second.result(timeout=30).base_intact
+        assert first.result(timeout=30).base_intact  # its images are stored meanwhile
         assert (scene.begun(first), scene.begun(second)) == (1, 1)
 
 
