@@ -158,15 +158,18 @@ class _Entry:
 
     def __init__(self, server: Server, api: Api, endpoint: Endpoint) -> None:
         self._server, self._api, self._endpoint = server, api, endpoint
+        self._labels = (api.name, endpoint.path, endpoint.method)
+        for status in (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE):
+            # An alert counts these: increase() does not see a first answer that begins a series.
+            metrics.REQUESTS.labels(*self._labels, status.value)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start, endpoint = time.perf_counter(), self._endpoint
         with self._server.open_requests.request() as opened:
             request = Request(scope, opened.bounded(scope, receive, endpoint.max_body))
             answer = await self._answer(request, opened)
-            labels = (self._api.name, endpoint.path, endpoint.method)
-            metrics.SECONDS.labels(*labels).observe(time.perf_counter() - start)
-            metrics.REQUESTS.labels(*labels, answer.status_code).inc()
+            metrics.SECONDS.labels(*self._labels).observe(time.perf_counter() - start)
+            metrics.REQUESTS.labels(*self._labels, answer.status_code).inc()
             await answer(scope, receive, opened.in_pieces(send))
 
     async def _answer(self, request: Request, opened: OpenRequest) -> Response:

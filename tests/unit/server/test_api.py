@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import httpx
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from support.http_door import code_of
 from support.http_server import Server, running, write_keys
 from support.inline_worker import InlineWorker, inline_worker
@@ -24,6 +25,7 @@ from zlora.broker.keys import queue_info_key
 from zlora.queue_info import QueueInfo
 from zlora.schema import parse_request
 from zlora.server import tenants
+from zlora.server.app import APIS
 from zlora.server.tenants import Tenant
 from zlora.testing import fake_result
 
@@ -449,7 +451,20 @@ def test_head_is_get_without_a_body(place: Place) -> None:
         assert (head.status_code, head.content) == (200, b"")
 
 
-# Other sites, and other ways to Redis
+def test_errors_are_counted_from_zero(place: Place) -> None:
+    """An alert sees the first error of an endpoint as an increase."""
+    families = text_string_to_metric_families(place.clients["one"].get("/metrics").text)
+    samples = [s for f in families for s in f.samples if s.name == "zlora_http_requests_total"]
+    counted = {
+        (labels["method"], labels["path"], labels["status"])
+        for labels in (sample.labels for sample in samples)
+    }
+    for endpoint in (endpoint for api in APIS for endpoint in api.endpoints):
+        for status in ("500", "503"):
+            assert (endpoint.method, endpoint.path, status) in counted
+
+
+# Other sites
 
 
 def test_other_sites_are_allowed_by_name_only(broker_url: str) -> None:
