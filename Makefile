@@ -13,7 +13,7 @@ DEPLOY_PROGRAMS := docker-compose prometheus kustomize chromium curl openssl wge
 
 BENCHMARKS := bases batches busy fetch gpu http lora png previews producer queue results scale schedules starts sweeps
 
-.PHONY: help setup demo demo-model demo-model-report docs test check check-deploy compat failover model soak freezes fuzz
+.PHONY: help setup demo demo-model demo-model-report docs test pytest check check-deploy compat failover model soak freezes fuzz
 .PHONY: changes cycles gallery lora-matrix mixed
 .PHONY: bench clean
 .PHONY: $(addprefix bench-,$(BENCHMARKS))
@@ -91,7 +91,11 @@ check: $(VENV)/dev.stamp
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
-test: check $(VENV)/node.stamp
+# Both at once: mypy has one thread.
+test: $(VENV)/node.stamp
+	$(MAKE) --no-print-directory -j 2 check pytest
+
+pytest: $(VENV)/node.stamp
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest
 
 # Checks deploy/ and docker-compose.yml, and runs their commands as plain processes; needs no container engine.
