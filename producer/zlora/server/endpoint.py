@@ -12,8 +12,9 @@ from starlette.responses import Response
 
 from zlora.async_client import AsyncJobHandle
 from zlora.errors import InvalidRequest, ZloraError
+from zlora.images import decode_data_uri
 from zlora.queue_info import QueueInfo
-from zlora.schema import GenerateResult, invalid
+from zlora.schema import Asset, GenerateResult, invalid
 from zlora.server import problems
 from zlora.server.service import Caller, Service
 
@@ -101,6 +102,11 @@ class Call:
         is_wide = not data.isascii() or rb"\u" in data
         self._hold(marks * _MARK_SIZE + (_WIDE * len(data) if is_wide else 0))
         return msgspec.json.decode(data)
+
+    async def upload(self, text: str, path: str, expected: str) -> Asset:
+        """Keep the image of `decoded_image`; raise its errors and those of `Service.upload`."""
+        data = await asyncio.to_thread(decoded_image, text, path, expected)
+        return await self.service.upload(self.caller, data, path=path)
 
     @property
     def closing(self) -> asyncio.Event:
@@ -203,6 +209,17 @@ class Api(NamedTuple):
     error: Callable[[ZloraError], Response] = problems.answer
     takes_basic: bool = False
     """True if an API key may also be the password of HTTP Basic (RFC 7617)."""
+
+
+def decoded_image(text: str, path: str, expected: str) -> bytes:
+    """Return the bytes of an image in a data URI or in bare base64; raise `InvalidRequest`."""
+    try:
+        data = decode_data_uri(text if text.startswith("data:") else f"data:;base64,{text}")
+    except ValueError:  # also for letters that ASCII lacks
+        data = b""
+    if not data:
+        raise invalid(path, f"a text of {len(text)} characters", expected)
+    return data
 
 
 def json_answer(

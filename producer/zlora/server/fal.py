@@ -5,14 +5,11 @@ what is done with each field.
 """
 
 import asyncio
-import base64
-import binascii
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Final, Literal, cast
-from urllib.parse import unquote_to_bytes
 
 from anyio import CancelScope
 from msgspec import Struct, structs
@@ -148,8 +145,8 @@ async def _submit(
         for name in fal.IMAGES if isinstance(document, dict) else ():
             address = document.get(name)
             if isinstance(address, str) and address.startswith("data:"):
-                data = await asyncio.to_thread(_decoded, address, f"$.{name}")
-                asset = await call.service.upload(call.caller, data, path=f"$.{name}")
+                expected = "Expected a URL, or an image as a data URI"
+                asset = await call.upload(address, f"$.{name}", expected)
                 document = {**document, name: asset.address}
         request = fal.to_request(document, app=app)
         # Base models that read a chat have no previews.
@@ -184,22 +181,6 @@ def _options(call: Call) -> dict[str, Any]:
         except ValueError:
             raise invalid(_TIMEOUT, seconds, "Expected a number of seconds") from None
     return found
-
-
-def _decoded(address: str, path: str) -> bytes:
-    """Return the bytes of a data URI (RFC 2397)."""
-    media_type, mark, text = address.partition(",")
-    try:
-        if media_type.endswith(";base64"):
-            data = base64.b64decode(text, validate=True)
-        else:
-            data = unquote_to_bytes(text)
-    except (binascii.Error, ValueError):
-        mark = ""
-    if not mark or not data:
-        shown = f"a text of {len(address)} characters"
-        raise invalid(path, shown, "Expected a URL, or an image as a data URI")
-    return data
 
 
 async def _job(call: Call) -> AsyncJobHandle:
