@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -146,8 +146,7 @@ class Reader:
         an unsupported format, contains NaN or Inf, or changes nothing.
         """
         try:
-            scales = partial(Scales, beside=config, alpha=alpha)
-            return self._read(path, digest, scales)
+            return self._read(path, digest, config=config, alpha=alpha)
         except NotSafetensors as error:
             raise NotSafetensors(f"{source}: {error}", error.details) from None
         except _Refusal as refusal:
@@ -164,69 +163,27 @@ class Reader:
         except _Refusal as refusal:
             raise LoraMismatch(f"{source}: {refusal}") from None
 
-    def _read(
-        self,
-        path: Path,
-        digest: str,
-        scales_of: Callable[[Mapping[str, str]], Scales],
-    ) -> Lora:
-        # names
+    def _read(self, path: Path, digest: str, *, config: bytes | None, alpha: float | None) -> Lora:
         header = read_header(path)
         found, unmatched = self._by_place(header)
-
-        # tensors
-        _require_floats(header, found)
-        groups = self._groups(header, found)
-        stacks, tensors_sha256 = read_stacks(path, header, groups, pinned=self._on_gpu)
-        tensors: dict[str, Tensor] = {}
-        for names, stack in zip(groups, stacks, strict=True):
-            _require_finite(names, stack)
-            tensors |= zip(names, stack.unbind(), strict=True)
-
-        # deltas
+        tensors, tensors_sha256 = self._tensors(path, header, found)
         try:
-            scales = scales_of(header.metadata)
-            parsed_places = self._parse(header, found, tensors, scales)
+            scales = Scales(header.metadata, beside=config, alpha=alpha)
+            parsed = self._parse(header, found, tensors, scales)
             scales.require_alpha_used()
         except ValueError as error:
             raise _Refusal(str(error)) from None
-        products: dict[tuple[int, int, bool], dict[int, LoraDelta]] = defaultdict(dict)
-        deltas: list[tuple[Slot, WeightDelta]] = []
-        modules: dict[Module, ParsedModule] = {}
-        places: dict[Module, Place] = {}
-        for place, of_modules in parsed_places.items():
-            own = {(place.component, name): place for name in place.modules}
-            if twice := own.keys() & places.keys():
-                raise _Refusal(
-                    f"has {'.'.join(min(twice))} twice: alone, and in a layer with others"
-                )
-            places |= own
-            modules |= zip(own, of_modules, strict=True)
-        for module, parsed in modules.items():
-            for leaf, delta in (("weight", parsed.weight), ("bias", parsed.bias)):
-                if delta is None:
-                    continue
-                slot = self._weights.slots.get((*module, leaf))
-                if slot is None and parsed.bias_part == "up_bias":  # half of a LoRA is none
-                    raise _Refusal(
-                        f"{module[0]}.{places[module].name} has a LoRA with a bias (`lora_bias`), "
-                        "the base model's layer has no bias"
-                    )
-                if slot is None:
-                    unmatched.append(found[places[module]][parsed.bias_part])
-                elif isinstance(delta, LoraDelta):
-                    products[slot.stack, delta.rank, delta.mid is not None][slot.row] = delta
-                else:
-                    deltas.append((slot, delta))
-        batches = [_batch(key[0], products[key]) for key in sorted(products)]
+        batches, deltas, without_bias = self._by_slot(found, parsed)
+        modules = [(place.component, name) for place in found for name in place.modules]
+        each = [module for of_place in parsed.values() for module in of_place]
         lora = Lora(
             digest=digest,
             tensors_sha256=tensors_sha256,
             format=key_names.format_of(header.tensors),
-            kinds=tuple(sorted({parsed.kind for parsed in modules.values()})),
-            ranks=tuple(sorted({parsed.rank for parsed in modules.values() if parsed.rank})),
+            kinds=tuple(sorted({module.kind for module in each})),
+            ranks=tuple(sorted({module.rank for module in each if module.rank})),
             modules=dict(Counter(component for component, _ in modules)),
-            unmatched=tuple(sorted(set(unmatched))),
+            unmatched=tuple(sorted({*unmatched, *without_bias})),
             other_base=self._other_base(header, modules),
             alpha_assumed=scales.assumed,
             trigger_words=base_model.trigger_words(header.metadata),
@@ -260,6 +217,9 @@ class Reader:
                 found[place][key.part] = name
         for place in [place for place, parts in found.items() if parts.keys() == {"alpha"}]:
             unmatched += found.pop(place).values()
+        counts = Counter((place.component, name) for place in found for name in place.modules)
+        if twice := [module for module, count in counts.items() if count > 1]:
+            raise _Refusal(f"has {'.'.join(min(twice))} twice: alone, and in a layer with others")
         if found:
             return found, unmatched
         if not any(map(key_names.parse_key, header.tensors)):
@@ -269,20 +229,33 @@ class Reader:
             or f"none of its modules is in the base model: {key_names.summary(header.tensors)}"
         )
 
-    def _groups(self, header: Header, found: Mapping[Place, Mapping[str, str]]) -> list[list[str]]:
-        """Group tensors of one part, type and shape by stack, in the order of its rows.
+    def _tensors(
+        self, path: Path, header: Header, found: Mapping[Place, Mapping[str, str]]
+    ) -> tuple[dict[str, Tensor], str]:
+        """Read the tensors of the layers; also return the sha256 of the file without its header.
 
-        In memory in this order, a batch's factors are one tensor each.
+        Tensors of one part, type and shape are read by stack, in the order of its rows: so a
+        batch's factors are one tensor each.
         """
-        groups: dict[tuple[int, str, str, tuple[int, ...]], list[tuple[int, str]]] = defaultdict(
-            list
-        )
+        rows: dict[tuple[int, str, str, tuple[int, ...]], list[tuple[int, str]]] = defaultdict(list)
         for place, names in found.items():
             slot = self._weights.slots[place.component, place.modules[0], "weight"]
             for part, name in names.items():
                 info = header.tensors[name]
-                groups[slot.stack, part, info.dtype, info.shape].append((slot.row, name))
-        return [[name for _, name in sorted(groups[key])] for key in sorted(groups)]
+                is_alpha = name.endswith(".alpha") and info.dtype in INTEGERS
+                if info.dtype not in FLOATS and not is_alpha:
+                    raise _Refusal(
+                        f"{name[:100]} is of the type {info.dtype}: "
+                        "quantised files are not supported"
+                    )
+                rows[slot.stack, part, info.dtype, info.shape].append((slot.row, name))
+        groups = [[name for _, name in sorted(rows[key])] for key in sorted(rows)]
+        stacks, sha256 = read_stacks(path, header, groups, pinned=self._on_gpu)
+        tensors: dict[str, Tensor] = {}
+        for group, stack in zip(groups, stacks, strict=True):
+            _require_finite(group, stack)
+            tensors |= zip(group, stack.unbind(), strict=True)
+        return tensors, sha256
 
     def _parse(
         self,
@@ -314,6 +287,35 @@ class Reader:
                 message = f"{clause}; {message}"
             raise _Refusal(message) from None
         return parsed
+
+    def _by_slot(
+        self,
+        found: Mapping[Place, Mapping[str, str]],
+        parsed: Mapping[Place, Sequence[ParsedModule]],
+    ) -> tuple[list[Batch], list[tuple[Slot, WeightDelta]], list[str]]:
+        """Return LoRA deltas in batches, all others, and tensors of biases that no layer has."""
+        products: dict[tuple[int, int, bool], dict[int, LoraDelta]] = defaultdict(dict)
+        deltas: list[tuple[Slot, WeightDelta]] = []
+        without_bias: list[str] = []
+        for place, modules in parsed.items():
+            for name, module in zip(place.modules, modules, strict=True):
+                for leaf, delta in (("weight", module.weight), ("bias", module.bias)):
+                    if delta is None:
+                        continue
+                    slot = self._weights.slots.get((place.component, name, leaf))
+                    if slot is None and module.bias_part == "up_bias":  # half of a LoRA is none
+                        raise _Refusal(
+                            f"{place.component}.{place.name} has a LoRA with a bias "
+                            "(`lora_bias`), the base model's layer has no bias"
+                        )
+                    if slot is None:
+                        without_bias.append(found[place][module.bias_part])
+                    elif isinstance(delta, LoraDelta):
+                        products[slot.stack, delta.rank, delta.mid is not None][slot.row] = delta
+                    else:
+                        deltas.append((slot, delta))
+        batches = [_batch(key[0], products[key]) for key in sorted(products)]
+        return batches, deltas, without_bias
 
     def _other_base(self, header: Header, modules: Iterable[Module]) -> str:
         """Return a clause if the header names another base model, and no layer shows this one.
@@ -386,17 +388,6 @@ def require_whole(lora: Lora, *, source: str) -> None:
             f"{key_names.summary(lora.unmatched)}; with `strict: false` the rest is used",
             {"unmatched": lora.unmatched_counts(), "modules": lora.modules},
         )
-
-
-def _require_floats(header: Header, found: Mapping[Place, Mapping[str, str]]) -> None:
-    for names in found.values():
-        for name in names.values():
-            dtype = header.tensors[name].dtype
-            is_alpha = name.endswith(".alpha") and dtype in INTEGERS
-            if dtype not in FLOATS and not is_alpha:
-                raise _Refusal(
-                    f"{name[:100]} is of the type {dtype}: quantised files are not supported"
-                )
 
 
 def _require_finite(names: Sequence[str], stack: Tensor) -> None:
