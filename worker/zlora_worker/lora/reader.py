@@ -28,12 +28,14 @@ from zlora_worker.lora.deltas import (
     Scratch,
     WeightDelta,
 )
-from zlora_worker.lora.key_map import KeyMap, Module, Place
+from zlora_worker.lora.key_map import KeyMap, Layer, Module
 from zlora_worker.lora.tensor_file import FLOATS, INTEGERS, pin_exactly, read_stacks
 from zlora_worker.lora.weights import Slot, Weights, as_matrices
 
 # Numbers that are widened at a time for checks and norms: 4 MB of fp32.
 _ELEMENTS: Final = 2**20
+
+_Layers = Mapping[Layer, Mapping[str, str]]  # with the names of their tensors by part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +167,7 @@ class Reader:
 
     def _read(self, path: Path, digest: str, *, config: bytes | None, alpha: float | None) -> Lora:
         header = read_header(path)
-        found, unmatched = self._by_place(header)
+        found, unmatched = self._by_layer(header)
         tensors, tensors_sha256 = self._tensors(path, header, found)
         try:
             scales = Scales(header.metadata, beside=config, alpha=alpha)
@@ -174,8 +176,8 @@ class Reader:
         except ValueError as error:
             raise _Refusal(str(error)) from None
         batches, deltas, without_bias = self._by_slot(found, parsed)
-        modules = [(place.component, name) for place in found for name in place.modules]
-        each = [module for of_place in parsed.values() for module in of_place]
+        modules = [(layer.component, name) for layer in found for name in layer.modules]
+        each = [module for of_layer in parsed.values() for module in of_layer]
         lora = Lora(
             digest=digest,
             tensors_sha256=tensors_sha256,
@@ -196,9 +198,9 @@ class Reader:
         self._require_effect(lora)
         return lora
 
-    def _by_place(self, header: Header) -> tuple[dict[Place, dict[str, str]], list[str]]:
+    def _by_layer(self, header: Header) -> tuple[dict[Layer, dict[str, str]], list[str]]:
         """Tensor names by layer and part, and the names without a layer."""
-        found: dict[Place, dict[str, str]] = defaultdict(dict)
+        found: dict[Layer, dict[str, str]] = defaultdict(dict)
         unmatched = []
         for name in header.tensors:
             if is_embedding(name):
@@ -206,18 +208,18 @@ class Reader:
             if kind := key_names.unsupported_kind(name):
                 raise _Refusal(f"a LoRA of the kind {kind}, which is not supported")
             key = key_names.parse_key(name)
-            place = self._key_map.find(key.module) if key else None
-            if key is None or place is None:
+            layer = self._key_map.find(key.module) if key else None
+            if key is None or layer is None:
                 unmatched.append(name)
-            elif key.part in found[place]:
+            elif key.part in found[layer]:
                 raise _Refusal(
-                    f"two tensors for one place: {found[place][key.part][:100]} and {name[:100]}"
+                    f"two tensors for one place: {found[layer][key.part][:100]} and {name[:100]}"
                 )
             else:
-                found[place][key.part] = name
-        for place in [place for place, parts in found.items() if parts.keys() == {"alpha"}]:
-            unmatched += found.pop(place).values()
-        counts = Counter((place.component, name) for place in found for name in place.modules)
+                found[layer][key.part] = name
+        for layer in [layer for layer, parts in found.items() if parts.keys() == {"alpha"}]:
+            unmatched += found.pop(layer).values()
+        counts = Counter((layer.component, name) for layer in found for name in layer.modules)
         if twice := [module for module, count in counts.items() if count > 1]:
             raise _Refusal(f"has {'.'.join(min(twice))} twice: alone, and in a layer with others")
         if found:
@@ -229,17 +231,15 @@ class Reader:
             or f"none of its modules is in the base model: {key_names.summary(header.tensors)}"
         )
 
-    def _tensors(
-        self, path: Path, header: Header, found: Mapping[Place, Mapping[str, str]]
-    ) -> tuple[dict[str, Tensor], str]:
+    def _tensors(self, path: Path, header: Header, found: _Layers) -> tuple[dict[str, Tensor], str]:
         """Read the tensors of the layers; also return the sha256 of the file without its header.
 
         Tensors of one part, type and shape are read by stack, in the order of its rows: so a
         batch's factors are one tensor each.
         """
         rows: dict[tuple[int, str, str, tuple[int, ...]], list[tuple[int, str]]] = defaultdict(list)
-        for place, names in found.items():
-            slot = self._weights.slots[place.component, place.modules[0], "weight"]
+        for layer, names in found.items():
+            slot = self._weights.slots[layer.component, layer.modules[0], "weight"]
             for part, name in names.items():
                 info = header.tensors[name]
                 is_alpha = name.endswith(".alpha") and info.dtype in INTEGERS
@@ -260,29 +260,29 @@ class Reader:
     def _parse(
         self,
         header: Header,
-        found: Mapping[Place, Mapping[str, str]],
+        found: _Layers,
         tensors: Mapping[str, Tensor],
         scales: Scales,
-    ) -> dict[Place, list[ParsedModule]]:
+    ) -> dict[Layer, list[ParsedModule]]:
         """Return the deltas of each module of a layer, in their order."""
         parsed = {}
         try:
-            for place, names in found.items():
+            for layer, names in found.items():
                 parts = {part: tensors[name] for part, name in names.items()}
                 shapes = [
-                    self._weights.shape(self._weights.slots[place.component, name, "weight"])
-                    for name in place.modules
+                    self._weights.shape(self._weights.slots[layer.component, name, "weight"])
+                    for name in layer.modules
                 ]
                 ends = list(accumulate(shape[0] for shape in shapes))
                 is_peft = any(map(key_names.is_peft, names.values()))
-                scale_of = partial(scales.of, place.component, place.name, is_peft=is_peft)
+                scale_of = partial(scales.of, layer.component, layer.name, is_peft=is_peft)
                 whole = parse_module(parts, (ends[-1], *shapes[0][1:]), scale_of)
-                parsed[place] = [whole]
+                parsed[layer] = [whole]
                 if len(ends) > 1:
                     rows = map(slice, [0, *ends], ends)
-                    parsed[place] = [whole.sliced(part) for part in rows]
+                    parsed[layer] = [whole.sliced(part) for part in rows]
         except InvalidAdapter as error:
-            message = f"{place.component}.{place.name}"[:120] + f" {error}"
+            message = f"{layer.component}.{layer.name}"[:120] + f" {error}"
             if clause := self._detect_base_model(header):
                 message = f"{clause}; {message}"
             raise _Refusal(message) from None
@@ -290,26 +290,26 @@ class Reader:
 
     def _by_slot(
         self,
-        found: Mapping[Place, Mapping[str, str]],
-        parsed: Mapping[Place, Sequence[ParsedModule]],
+        found: _Layers,
+        parsed: Mapping[Layer, Sequence[ParsedModule]],
     ) -> tuple[list[Batch], list[tuple[Slot, WeightDelta]], list[str]]:
         """Return LoRA deltas in batches, all others, and tensors of biases that no layer has."""
         products: dict[tuple[int, int, bool], dict[int, LoraDelta]] = defaultdict(dict)
         deltas: list[tuple[Slot, WeightDelta]] = []
         without_bias: list[str] = []
-        for place, modules in parsed.items():
-            for name, module in zip(place.modules, modules, strict=True):
+        for layer, modules in parsed.items():
+            for name, module in zip(layer.modules, modules, strict=True):
                 for leaf, delta in (("weight", module.weight), ("bias", module.bias)):
                     if delta is None:
                         continue
-                    slot = self._weights.slots.get((place.component, name, leaf))
+                    slot = self._weights.slots.get((layer.component, name, leaf))
                     if slot is None and module.bias_part == "up_bias":  # half of a LoRA is none
                         raise _Refusal(
-                            f"{place.component}.{place.name} has a LoRA with a bias "
+                            f"{layer.component}.{layer.name} has a LoRA with a bias "
                             "(`lora_bias`), the base model's layer has no bias"
                         )
                     if slot is None:
-                        without_bias.append(found[place][module.bias_part])
+                        without_bias.append(found[layer][module.bias_part])
                     elif isinstance(delta, LoraDelta):
                         products[slot.stack, delta.rank, delta.mid is not None][slot.row] = delta
                     else:
