@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from zlora.prompt_syntax import MAX_WINDOWS, Fragment, PromptSyntax, parse
+from zlora.prompt_syntax import MAX_WINDOWS, Fragment, ParsedPrompt, PromptSyntax, parse
 from zlora.schema import GenerateRequest, PromptReceipt, invalid
 
 from zlora_worker.model.family import Family
@@ -103,9 +103,7 @@ def read_prompts(
 
     read = ReadPrompts(encoders, [layer for _, layer in prompts.values()], [], [])
     for path, (text, _) in prompts.items():
-        parsed = parse(text, request.prompt_syntax)
-        if parsed.loras:  # they would be ignored here: what resolves them also removes them
-            raise invalid(path, text, "Expected no LoRA tags, or a worker that resolves them")
+        parsed = parse_without_loras(path, text, request.prompt_syntax)
         plan = [[encoder.plan(section) for section in parsed.sections] for encoder in encoders]
         receipt = PromptReceipt(
             tokens=sum(section.tokens for section in plan[0]),
@@ -149,6 +147,14 @@ def encode(
             for first, *_ in encoders[0].ids.values()
         ),
     )
+
+
+def parse_without_loras(path: str, text: str, syntax: PromptSyntax) -> ParsedPrompt:
+    """Parse a prompt; raise `InvalidRequest` for LoRA tags, which would be ignored from here on."""
+    parsed = parse(text, syntax)
+    if parsed.loras:  # what resolves them also removes them
+        raise invalid(path, text, "Expected no LoRA tags, or a worker that resolves them")
+    return parsed
 
 
 def warnings_of(text: str, syntax: PromptSyntax) -> tuple[str, ...]:
