@@ -49,9 +49,7 @@ from zlora.server.problems import NotSupported
 from zlora.server.tenants import model_names
 
 _LABELS: Final = {"api": "a1111"}
-_MOST: Final = (
-    50  # of the caller's latest jobs, among which those that have not ended are looked for
-)
+_MAX_JOBS: Final = 50  # of the caller's latest ones, in which those that have not ended are found
 # Seconds in which a job must start: after that its client, too, has given up.
 _MAX_QUEUED: Final = 3600
 _LEAST_PROGRESS: Final = 0.01  # of a job that has not ended; 0 is for none
@@ -320,7 +318,7 @@ async def _asset(call: Call, text: str, path: str) -> dict[str, Any]:
 
 async def _unfinished(call: Call) -> dict[str, JobStatus]:
     """Return the caller's jobs of this API that have not ended, the newest first."""
-    page = await call.service.jobs(call.caller, labels=_LABELS, limit=_MOST, cursor=0)
+    page = await call.service.jobs(call.caller, labels=_LABELS, limit=_MAX_JOBS, cursor=0)
 
     async def status(job_id: str) -> JobStatus:
         return await call.service.handle(job_id).status()

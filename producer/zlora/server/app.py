@@ -169,7 +169,7 @@ class Server:
             message = "expected the header `Authorization: Bearer <API key>`, with a valid key"
             raise problems.Unauthorized(message)
         name, tenant = found
-        opened.belongs_to(name)
+        opened.count_for(name)
         if tenant.requests_per_minute is not None:
             await self.rates.require(name, tenant.requests_per_minute)
         return Caller(name, tenant, api.name)

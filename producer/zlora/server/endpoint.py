@@ -24,7 +24,7 @@ T = TypeVar("T")
 MAX_BODY: Final = 2**20  # bytes; the largest request that the queue accepts has half of it
 MAX_IMAGE_BODY: Final = 24 * 2**20  # bytes: two images of 8 MiB in base64, and other fields
 CLOSING: Final = "closing"  # name of an event in the state of the application (ASGI lifespan)
-_MARKS: Final = (b",", b"[", b"{")  # before each value of a JSON document but that of a name
+_MARKS: Final = (b",", b"[", b"{")  # before each value of a JSON document, or before its name
 _MAX_MARKS: Final = 65_536  # in a JSON document; a large sweep has thousands
 _MARK_SIZE: Final = 256  # bytes in memory of a name and its value, an empty object, at most
 _WIDE: Final = 4  # bytes of each letter of a text with one letter beyond 65,535
@@ -110,12 +110,12 @@ class Call:
 
     @property
     def closing(self) -> asyncio.Event:
-        """What is set when the server is about to end, and nothing must wait any longer."""
+        """Event that is set when the server is about to end, and nothing must wait any longer."""
         found: asyncio.Event = self.request.scope["state"][CLOSING]
         return found
 
     async def unless_gone(self, waiting: Awaitable[T]) -> T:
-        """Return what is waited for.
+        """Return the result of `waiting`.
 
         Raises `ClientDisconnect` if the client leaves first, `Overloaded` if the server ends.
         """

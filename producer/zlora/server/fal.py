@@ -166,7 +166,7 @@ def _app(call: Call) -> str:
 
 
 def _options(call: Call) -> dict[str, Any]:
-    """Return what the headers of fal's say; raise `InvalidRequest` for others than these."""
+    """Return the options in fal's headers; raise `InvalidRequest` for unknown or wrong ones."""
     known = (_TIMEOUT, _PRIORITY, _HINT)
     for name, value in call.request.headers.items():
         if name.startswith("x-fal-") and name not in known:
@@ -194,7 +194,7 @@ async def _job(call: Call) -> AsyncJobHandle:
 async def _status(
     call: Call, handle: AsyncJobHandle, status: JobStatus, *, logs: bool
 ) -> dict[str, Any]:
-    """Return a status in fal's form. Its `logs` have the present state, or how the job ended.
+    """Return a status in fal's form; its `logs` have the present state, or how the job ended.
 
     Raises `JobUnknown` if Redis has lost the job.
     """
@@ -255,7 +255,7 @@ async def _progress(call: Call, handle: AsyncJobHandle) -> AsyncGenerator[bytes,
         async for event in _events(call, handle, document_of):
             yield event
     except (asyncio.CancelledError, GeneratorExit):
-        with CancelScope(shield=True), suppress(ZloraError):  # nobody reads the error
+        with CancelScope(shield=True), suppress(ZloraError):  # no client reads the error
             await handle.cancel()
         raise
 

@@ -75,7 +75,7 @@ class OpenRequest:
         self.tenant: str | None = None
         self.held = 0
 
-    def belongs_to(self, tenant: str) -> None:
+    def count_for(self, tenant: str) -> None:
         """Count the request for a tenant; raise `TooManyRequests`."""
         self.tenant = tenant
         self._requests.count(tenant)

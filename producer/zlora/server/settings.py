@@ -71,7 +71,6 @@ def reference() -> Iterator[config.SettingRow]:
         "Origins of web pages of other sites that may use the server (CORS), such as "
         "`https://example.org`, separated by commas; `*` for all. Default: none.",
     )
-
     yield config.SettingRow(
         (BASE_URL,),
         "",
