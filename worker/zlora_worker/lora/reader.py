@@ -258,11 +258,7 @@ class Reader:
         return tensors, sha256
 
     def _parse(
-        self,
-        header: Header,
-        found: _Layers,
-        tensors: Mapping[str, Tensor],
-        scales: Scales,
+        self, header: Header, found: _Layers, tensors: Mapping[str, Tensor], scales: Scales
     ) -> dict[Layer, list[ParsedModule]]:
         """Return the deltas of each module of a layer, in their order."""
         parsed = {}
@@ -289,9 +285,7 @@ class Reader:
         return parsed
 
     def _by_slot(
-        self,
-        found: _Layers,
-        parsed: Mapping[Layer, Sequence[ParsedModule]],
+        self, found: _Layers, parsed: Mapping[Layer, Sequence[ParsedModule]]
     ) -> tuple[list[Batch], list[tuple[Slot, WeightDelta]], list[str]]:
         """Return LoRA deltas in batches, all others, and tensors of biases that no layer has."""
         products: dict[tuple[int, int, bool], dict[int, LoraDelta]] = defaultdict(dict)

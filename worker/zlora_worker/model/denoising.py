@@ -25,13 +25,7 @@ class Denoising:
     """Draws with the weights that the components of one pipeline have at the time."""
 
     def __init__(
-        self,
-        pipeline: Any,
-        family: Family,
-        *,
-        patch: Patch,
-        previews: Previews,
-        vae: Vae,
+        self, pipeline: Any, family: Family, *, patch: Patch, previews: Previews, vae: Vae
     ) -> None:
         """Take diffusers' pipeline with the scheduler that the base model came with."""
         self.base_scheduler = pipeline.scheduler  # each request has its own, made from this one
