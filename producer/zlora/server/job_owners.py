@@ -142,7 +142,8 @@ class JobOwners:
     def page(self, tenant: str, *, labels: Mapping[str, str], limit: int, cursor: int = 0) -> Page:
         """Return up to `limit` jobs with all of these labels, the newest first.
 
-        `cursor` is that of the page before. Jobs that are submitted meanwhile may show a job twice.
+        `cursor` is that of the page before. A job may be in two pages if others are submitted
+        meanwhile.
         """
         lists = [self._list_key(tenant, f"{name}={value}") for name, value in labels.items()]
         with reached():

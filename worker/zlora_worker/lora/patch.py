@@ -25,7 +25,7 @@ Mode = Literal["shadow", "inplace"]
 
 
 class Patch:
-    """The only code that changes the model's weights."""
+    """Merged weights in the model; nothing else changes its weights for a job."""
 
     def __init__(self, weights: Weights, *, mode: Mode) -> None:
         """Make the pristine copy if `mode` is `inplace`; see also `warm_up`."""
@@ -54,7 +54,7 @@ class Patch:
         if self.mode == "shadow":
             for number in self._base:
                 shadow = self._make_shadow(number)
-                # A number in each page, which the system makes at the first write to it.
+                # Write one number into each page: the system makes a page at its first write.
                 shadow.flatten()[:: mmap.PAGESIZE // shadow.itemsize].zero_()
         for stack in self._weights.stacks:
             for row in range(len(stack.names)):

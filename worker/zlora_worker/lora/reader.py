@@ -155,7 +155,7 @@ class Reader:
             raise LoraMismatch(f"{source}: {refusal}") from None
 
     def require_effect(self, lora: Lora, *, source: str) -> None:
-        """Raise `LoraMismatch` if a LoRA that was read for another base changes nothing in this.
+        """Raise `LoraMismatch` if a LoRA that was read for another base has no effect on this one.
 
         Only magnitudes of DoRA depend on the weights of the base.
         """

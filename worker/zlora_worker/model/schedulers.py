@@ -27,7 +27,7 @@ _FORMULATIONS: Final[dict[Formulation, str]] = {
     "edm": "EDM",
     "flow": "flow matching",
 }
-# Schedulers that look noise levels up by the timestep; others interpolate, and -1 is as 0.
+# Schedulers that look noise levels up by the timestep, which must exist; others interpolate.
 _INDEXED: Final = ("ddim", "ddpm", "pndm")
 _LEAST_SNR: Final = 2**-24  # with which diffusers replaces zero, as infinite noise has no number
 
