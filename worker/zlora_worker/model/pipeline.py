@@ -368,31 +368,13 @@ class Pipeline:
 
 
 class MergedModel:
-    """Pipeline with LoRAs merged, inside a block of `Pipeline.with_loras`."""
+    """Methods of a pipeline with LoRAs merged, inside a block of `Pipeline.with_loras`."""
 
     def __init__(self, pipeline: Pipeline, relative_norms: list[float]) -> None:
         self.relative_norms: Final = relative_norms  # |delta| / |W| of each LoRA, in their order
+        self.encode, self.draw = pipeline.encode, pipeline.draw
+        self.preview = pipeline.previews.latest
         self._pipeline = pipeline
-
-    def encode(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> EncodedText:
-        """Encode the prompts of a request; see `text_encoding.encode`."""
-        return self._pipeline.encode(request, embeddings)
-
-    def draw(
-        self,
-        request: GenerateRequest,
-        seeds: Sequence[int],
-        on_step: Callable[[int], None],
-        *,
-        text: EncodedText | None = None,
-        start: StartingImage | None = None,
-    ) -> list[Image.Image]:
-        """Draw an image of each seed; see `Pipeline.draw`."""
-        return self._pipeline.draw(request, seeds, on_step, text=text, start=start)
-
-    def preview(self) -> str | None:
-        """Return the first image that is being drawn, for `previews`; see `Previews.latest`."""
-        return self._pipeline.previews.latest()
 
     @property
     def tiled(self) -> bool:
