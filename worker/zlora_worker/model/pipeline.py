@@ -260,7 +260,7 @@ class Pipeline:
     def require_honoured(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` for a field that this base model cannot honour.
 
-        So is a name in `blocks` that the UNet lacks. Schedulers are checked by `scheduler_name`.
+        A name in `blocks` that the UNet lacks is refused too; `scheduler_name` checks schedulers.
         """
         require_honoured(self.with_defaults(request), self._family.limits, base=self.family)
         for index, spec in enumerate(request.loras):
