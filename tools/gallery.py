@@ -62,7 +62,7 @@ def sections(embedding: str, sketch: str, mask: str) -> list[Section]:
     scheduler_images = [
         (name, {"prompt": _CITY, "scheduler": name, "num_inference_steps": 12})
         for name, entry in SCHEDULERS.items()
-        if entry.family == "diffusion"
+        if entry.formulation == "diffusion"
     ]
     return [
         Section(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 Schedule = Literal["karras", "exponential", "beta", "lu", "trailing", "leading", "linspace"]
-Family = Literal["diffusion", "edm", "flow"]
+Formulation = Literal["diffusion", "edm", "flow"]  # how a model is trained to remove noise
 
 SPACINGS: Final[tuple[Schedule, ...]] = ("trailing", "leading", "linspace")
 # Options of diffusers that compute the noise levels by a formula.
@@ -33,7 +33,7 @@ class SchedulerEntry(NamedTuple):
 
     `sampler` is the name in infotext, and `names` has further ones. `automatic` is the schedule
     that the web UI takes for this sampler if its schedule type is `Automatic`. A scheduler of one
-    family cannot draw with a model of another.
+    formulation cannot draw with a model of another.
     """
 
     class_name: str
@@ -43,7 +43,7 @@ class SchedulerEntry(NamedTuple):
     schedules: tuple[Schedule, ...] = ()
     takes: tuple[str, ...] = ()  # of `sigmas`, `timesteps` and `eta`
     automatic: Schedule | None = None
-    family: Family = "diffusion"
+    formulation: Formulation = "diffusion"
 
     def options_for(
         self,
@@ -207,15 +207,20 @@ SCHEDULERS: Final[dict[str, SchedulerEntry]] = {
         names=("uni_pc_bh2",),
         schedules=_ALL,
     ),
-    "edm_euler": SchedulerEntry("EDMEulerScheduler", "EDM Euler", family="edm"),
-    "edm_dpmpp_2m": SchedulerEntry("EDMDPMSolverMultistepScheduler", "EDM DPM++ 2M", family="edm"),
+    "edm_euler": SchedulerEntry("EDMEulerScheduler", "EDM Euler", formulation="edm"),
+    "edm_dpmpp_2m": SchedulerEntry(
+        "EDMDPMSolverMultistepScheduler", "EDM DPM++ 2M", formulation="edm"
+    ),
     "flow_match_euler": SchedulerEntry(
-        "FlowMatchEulerDiscreteScheduler", "Flow Match Euler", names=("flow_euler",), family="flow"
+        "FlowMatchEulerDiscreteScheduler",
+        "Flow Match Euler",
+        names=("flow_euler",),
+        formulation="flow",
     ),
     "flow_match_heun": SchedulerEntry(
-        "FlowMatchHeunDiscreteScheduler", "Flow Match Heun", family="flow"
+        "FlowMatchHeunDiscreteScheduler", "Flow Match Heun", formulation="flow"
     ),
-    "flow_match_lcm": SchedulerEntry("FlowMatchLCMScheduler", "Flow Match LCM", family="flow"),
+    "flow_match_lcm": SchedulerEntry("FlowMatchLCMScheduler", "Flow Match LCM", formulation="flow"),
 }
 
 # Schedule types of infotext; `Lu`, which the web UI lacks, is written as here.

@@ -35,19 +35,26 @@ from zlora.server.a1111_fields import (
     renamed,
     request_of,
 )
-from zlora.server.endpoint import MAX_IMAGE_BODY, Api, Call, Endpoint, Handler, json_answer
+from zlora.server.endpoint import (
+    MAX_IMAGE_BODY,
+    Api,
+    Call,
+    Endpoint,
+    Handler,
+    decoded_image,
+    json_answer,
+)
 from zlora.server.infotext import PARAMETERS, pairs_of, texts_of
 from zlora.server.problems import NotSupported
 from zlora.server.tenants import model_names
 
 _LABELS: Final = {"api": "a1111"}
-_MOST: Final = (
-    50  # of the caller's latest jobs, among which those that have not ended are looked for
-)
+_MAX_JOBS: Final = 50  # of the caller's latest ones, in which those that have not ended are found
 # Seconds in which a job must start: after that its client, too, has given up.
 _MAX_QUEUED: Final = 3600
 _LEAST_PROGRESS: Final = 0.01  # of a job that has not ended; 0 is for none
 _HASH_DIGITS: Final = 10
+_NO_BASE64: Final = "Expected an image in base64"
 _PARTS: Final = re.compile(r"[^.\[\]$?]+")
 
 
@@ -224,13 +231,13 @@ async def read_png_info(call: Call) -> Response:
     if not isinstance(document, dict) or set(document) != {"image"}:
         raise invalid("$", document, "Expected an object with `image`")
     if not isinstance(document["image"], str):
-        raise invalid("$.image", document["image"], "Expected an image in base64")
+        raise invalid("$.image", document["image"], _NO_BASE64)
     return json_answer(await asyncio.to_thread(_png_info, document["image"]))
 
 
 def _png_info(image: str) -> dict[str, Any]:
     try:
-        texts = texts_of(_decoded(image, "$.image"))
+        texts = texts_of(decoded_image(image, "$.image", _NO_BASE64))
         infotext = texts.pop(PARAMETERS, "")
         pairs = pairs_of(infotext) if infotext else {}
     except ValueError as error:
@@ -306,26 +313,12 @@ async def _asset(call: Call, text: str, path: str) -> dict[str, Any]:
     """Return the address of an image, which is a URL or base64."""
     if text.startswith(("https://", "http://")):
         return {"url": text}
-    data = await asyncio.to_thread(_decoded, text, path)
-    return to_dict(await call.service.upload(call.caller, data, path=path))
-
-
-def _decoded(text: str, path: str) -> bytes:
-    """Decode base64, which may be that of a data URI."""
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:  # also for letters that ASCII lacks
-        data = b""
-    if not data:
-        raise invalid(path, f"a text of {len(text)} characters", "Expected an image in base64")
-    return data
+    return to_dict(await call.upload(text, path, _NO_BASE64))
 
 
 async def _unfinished(call: Call) -> dict[str, JobStatus]:
     """Return the caller's jobs of this API that have not ended, the newest first."""
-    page = await call.service.jobs(call.caller, labels=_LABELS, limit=_MOST, cursor=0)
+    page = await call.service.jobs(call.caller, labels=_LABELS, limit=_MAX_JOBS, cursor=0)
 
     async def status(job_id: str) -> JobStatus:
         return await call.service.handle(job_id).status()

@@ -1,4 +1,8 @@
-"""The ASGI application: routes of all APIs, API keys, and what holds for all answers."""
+"""The ASGI application.
+
+A request passes the middleware of `make_app`, and its route leads to an `_EndpointApp`, which finds
+out whom the request comes from, calls the handler, and answers its error in the form of the API.
+"""
 
 import asyncio
 import base64
@@ -19,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from zlora.async_client import AsyncClient
 from zlora.broker.uploads import Uploads
@@ -30,27 +34,92 @@ from zlora.server.endpoint import CLOSING, Api, Call, Endpoint, NoOptions, json_
 from zlora.server.fal import FAL
 from zlora.server.fal import HEADERS as FAL_HEADERS
 from zlora.server.job_owners import JobOwners
+from zlora.server.middleware import Headers, LocalOnly
 from zlora.server.native import NATIVE
 from zlora.server.open_requests import OpenRequest, OpenRequests
 from zlora.server.openai_images import OPENAI
-from zlora.server.problems import HeadersTooLarge
 from zlora.server.rate_limits import RateLimits
 from zlora.server.service import Caller, Service
-from zlora.server.settings import ServerSettings, is_local_name
+from zlora.server.settings import ServerSettings
 from zlora.server.tenants import LOCAL, ApiKeys, Tenant
 
 APIS: Final[tuple[Api, ...]] = (NATIVE, FAL, OPENAI, A1111)
-NOBODY: Final = Caller("", Tenant(), "")  # no job is this tenant's
-MAX_HEAD: Final = 16_384  # bytes of the address and all headers of a request
-_CLIENT_GONE: Final = 499  # nginx's status for its log; nobody reads the answer
-_HEADERS: Final = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-}
+_ANONYMOUS: Final = Caller("", Tenant(), "")  # no job is this tenant's
+_CLIENT_GONE: Final = 499  # nginx's status for its log; no client reads the answer
 
 logger = logging.getLogger(__name__)
+
+
+def make_app(settings: ServerSettings) -> Starlette:
+    """Return the application of these settings."""
+    server = Server(settings)
+    routes = [
+        Route(endpoint.path, _EndpointApp(server, api, endpoint), methods=[endpoint.method])
+        for api in (*APIS, SERVER)
+        for endpoint in api.endpoints
+    ]
+    routes += page.routes()
+    middleware = [Middleware(Headers)]
+    if settings.keys is None:
+        middleware.append(Middleware(LocalOnly, origins=settings.origins))
+    if settings.origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=sorted(settings.origins),
+                allow_methods=["GET", "POST", "PUT", "DELETE"],
+                allow_headers=["*"],  # clients of OpenAI's and fal's have a dozen of their own
+                expose_headers=["Location", "Retry-After", *FAL_HEADERS],
+            )
+        )
+    app = Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error},
+        lifespan=server.lifespan,
+    )
+    app.router.redirect_slashes = False  # its redirect goes to whatever the header Host says
+    return app
+
+
+class _EndpointApp:
+    """An endpoint as an ASGI application."""
+
+    def __init__(self, server: "Server", api: Api, endpoint: Endpoint) -> None:
+        self._server, self._api, self._endpoint = server, api, endpoint
+        self._labels = (api.name, endpoint.path, endpoint.method)
+        for status in (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE):
+            # An alert counts these: increase() does not see a first answer that begins a series.
+            metrics.REQUESTS.labels(*self._labels, status.value)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start, endpoint = time.perf_counter(), self._endpoint
+        with self._server.open_requests.request() as opened:
+            request = Request(scope, opened.bounded(scope, receive, endpoint.max_body))
+            answer = await self._answer(request, opened)
+            metrics.SECONDS.labels(*self._labels).observe(time.perf_counter() - start)
+            metrics.REQUESTS.labels(*self._labels, answer.status_code).inc()
+            await answer(scope, receive, opened.in_pieces(send))
+
+    async def _answer(self, request: Request, opened: OpenRequest) -> Response:
+        server, caller = self._server, _ANONYMOUS
+        try:
+            if not self._endpoint.is_public:
+                server.open_requests.require_room()
+                caller = await server.caller(self._api, request, opened)
+            call = Call(request, caller, server.service, opened.hold)
+            if self._endpoint.query is None and not self._endpoint.is_public:
+                call.query(NoOptions)
+            answer = await self._endpoint.handler(call)
+            opened.hold_answer(answer)
+        except ZloraError as error:
+            return self._api.error(problems.public(error))
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_GONE)
+        except Exception:  # process boundary: one request must not end the others
+            logger.exception("cannot answer %s %s", request.method, self._endpoint.path)
+            return self._api.error(InternalError("the server failed; its log has the reason"))
+        return answer
 
 
 class Server:
@@ -80,6 +149,13 @@ class Server:
             needs_keys=settings.keys is not None,
         )
 
+    @asynccontextmanager
+    async def lifespan(self, _app: Starlette) -> AsyncGenerator[dict[str, asyncio.Event], None]:
+        """Give requests the event that announces the end, and close all connections after it."""
+        yield {CLOSING: asyncio.Event()}
+        await self.service.close()
+        self.rates.close()
+
     async def caller(self, api: Api, request: Request, opened: OpenRequest) -> Caller:
         """Return whom a request comes from.
 
@@ -93,7 +169,7 @@ class Server:
             message = "expected the header `Authorization: Bearer <API key>`, with a valid key"
             raise problems.Unauthorized(message)
         name, tenant = found
-        opened.belongs_to(name)
+        opened.count_for(name)
         if tenant.requests_per_minute is not None:
             await self.rates.require(name, tenant.requests_per_minute)
         return Caller(name, tenant, api.name)
@@ -112,140 +188,6 @@ class Server:
             return base64.b64decode(given.strip(), validate=True).decode().partition(":")[2]
         except ValueError:  # no base64, or no UTF-8
             return None
-
-
-def make_app(settings: ServerSettings) -> Starlette:
-    """Return the application of these settings."""
-    server = Server(settings)
-
-    @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncGenerator[dict[str, asyncio.Event], None]:
-        yield {CLOSING: asyncio.Event()}
-        await server.service.close()
-        server.rates.close()
-
-    routes = [
-        Route(endpoint.path, _Entry(server, api, endpoint), methods=[endpoint.method])
-        for api in (*APIS, SERVER)
-        for endpoint in api.endpoints
-    ]
-    routes += page.routes()
-    middleware = [Middleware(_Headers)]
-    if settings.keys is None:
-        middleware.append(Middleware(_LocalOnly, origins=settings.origins))
-    if settings.origins:
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=sorted(settings.origins),
-                allow_methods=["GET", "POST", "PUT", "DELETE"],
-                allow_headers=["*"],  # clients of OpenAI's and fal's have a dozen of their own
-                expose_headers=["Location", "Retry-After", *FAL_HEADERS],
-            )
-        )
-    app = Starlette(
-        routes=routes,
-        middleware=middleware,
-        exception_handlers={HTTPException: _http_error},
-        lifespan=lifespan,
-    )
-    app.router.redirect_slashes = False  # its redirect goes to whatever the header Host says
-    return app
-
-
-class _Entry:
-    """An endpoint as an ASGI application."""
-
-    def __init__(self, server: Server, api: Api, endpoint: Endpoint) -> None:
-        self._server, self._api, self._endpoint = server, api, endpoint
-        self._labels = (api.name, endpoint.path, endpoint.method)
-        for status in (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE):
-            # An alert counts these: increase() does not see a first answer that begins a series.
-            metrics.REQUESTS.labels(*self._labels, status.value)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start, endpoint = time.perf_counter(), self._endpoint
-        with self._server.open_requests.request() as opened:
-            request = Request(scope, opened.bounded(scope, receive, endpoint.max_body))
-            answer = await self._answer(request, opened)
-            metrics.SECONDS.labels(*self._labels).observe(time.perf_counter() - start)
-            metrics.REQUESTS.labels(*self._labels, answer.status_code).inc()
-            await answer(scope, receive, opened.in_pieces(send))
-
-    async def _answer(self, request: Request, opened: OpenRequest) -> Response:
-        server, caller = self._server, NOBODY
-        try:
-            if not self._endpoint.is_public:
-                server.open_requests.require_room()
-                caller = await server.caller(self._api, request, opened)
-            call = Call(request, caller, server.service, opened.hold)
-            if self._endpoint.query is None and not self._endpoint.is_public:
-                call.query(NoOptions)
-            answer = await self._endpoint.handler(call)
-            opened.hold_answer(answer)
-        except ZloraError as error:
-            return self._api.error(problems.public(error))
-        except ClientDisconnect:
-            return Response(status_code=_CLIENT_GONE)
-        except Exception:  # process boundary: one request must not end the others
-            logger.exception("cannot answer %s %s", request.method, self._endpoint.path)
-            return self._api.error(InternalError("the server failed; its log has the reason"))
-        return answer
-
-
-class _Headers:
-    """Bounds the headers of requests, and adds headers to answers that do not have their own."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = {name.lower() for name, _ in message["headers"]}
-                message["headers"] = [
-                    *message["headers"],
-                    *(
-                        (name.encode(), value.encode())
-                        for name, value in _HEADERS.items()
-                        if name.encode() not in own
-                    ),
-                ]
-            await send(message)
-
-        app = self._app
-        if scope["type"] == "http" and _head_size(scope) > MAX_HEAD:
-            app = problems.answer(HeadersTooLarge(f"the headers have more than {MAX_HEAD} bytes"))
-        await app(scope, receive, send_with_headers)
-
-
-def _head_size(scope: Scope) -> int:
-    """Return the bytes of address and headers: uvicorn bounds only those that come in pieces."""
-    separators = 4  # bytes of a header: a colon, a space, and the end of the line
-    headers = sum(len(name) + len(value) + separators for name, value in scope["headers"])
-    return headers + len(scope["raw_path"]) + len(scope["query_string"])
-
-
-class _LocalOnly:
-    """Refuses requests that a web page of another site may have sent."""
-
-    def __init__(self, app: ASGIApp, *, origins: frozenset[str]) -> None:
-        self._app, self._origins = app, origins
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = Request(scope).headers
-            origin = headers.get("Origin")
-            is_known = (
-                origin is None
-                or is_local_name(origin.partition("://")[2])
-                or bool({origin.lower(), "*"} & self._origins)
-            )
-            if not is_known or not is_local_name(headers.get("Host", "")):
-                message = "without API keys only local names of this server may be used"
-                await problems.answer(problems.Forbidden(message))(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 async def live(_call: Call) -> Response:

@@ -12,8 +12,9 @@ from starlette.responses import Response
 
 from zlora.async_client import AsyncJobHandle
 from zlora.errors import InvalidRequest, ZloraError
+from zlora.images import decode_data_uri
 from zlora.queue_info import QueueInfo
-from zlora.schema import GenerateResult, invalid
+from zlora.schema import Asset, GenerateResult, invalid
 from zlora.server import problems
 from zlora.server.service import Caller, Service
 
@@ -23,7 +24,7 @@ T = TypeVar("T")
 MAX_BODY: Final = 2**20  # bytes; the largest request that the queue accepts has half of it
 MAX_IMAGE_BODY: Final = 24 * 2**20  # bytes: two images of 8 MiB in base64, and other fields
 CLOSING: Final = "closing"  # name of an event in the state of the application (ASGI lifespan)
-_MARKS: Final = (b",", b"[", b"{")  # before each value of a JSON document but that of a name
+_MARKS: Final = (b",", b"[", b"{")  # before each value of a JSON document, or before its name
 _MAX_MARKS: Final = 65_536  # in a JSON document; a large sweep has thousands
 _MARK_SIZE: Final = 256  # bytes in memory of a name and its value, an empty object, at most
 _WIDE: Final = 4  # bytes of each letter of a text with one letter beyond 65,535
@@ -102,14 +103,19 @@ class Call:
         self._hold(marks * _MARK_SIZE + (_WIDE * len(data) if is_wide else 0))
         return msgspec.json.decode(data)
 
+    async def upload(self, text: str, path: str, expected: str) -> Asset:
+        """Keep the image of `decoded_image`; raise its errors and those of `Service.upload`."""
+        data = await asyncio.to_thread(decoded_image, text, path, expected)
+        return await self.service.upload(self.caller, data, path=path)
+
     @property
     def closing(self) -> asyncio.Event:
-        """What is set when the server is about to end, and nothing must wait any longer."""
+        """Event that is set when the server is about to end, and nothing must wait any longer."""
         found: asyncio.Event = self.request.scope["state"][CLOSING]
         return found
 
     async def unless_gone(self, waiting: Awaitable[T]) -> T:
-        """Return what is waited for.
+        """Return the result of `waiting`.
 
         Raises `ClientDisconnect` if the client leaves first, `Overloaded` if the server ends.
         """
@@ -203,6 +209,17 @@ class Api(NamedTuple):
     error: Callable[[ZloraError], Response] = problems.answer
     takes_basic: bool = False
     """True if an API key may also be the password of HTTP Basic (RFC 7617)."""
+
+
+def decoded_image(text: str, path: str, expected: str) -> bytes:
+    """Return the bytes of an image in a data URI or in bare base64; raise `InvalidRequest`."""
+    try:
+        data = decode_data_uri(text if text.startswith("data:") else f"data:;base64,{text}")
+    except ValueError:  # also for letters that ASCII lacks
+        data = b""
+    if not data:
+        raise invalid(path, f"a text of {len(text)} characters", expected)
+    return data
 
 
 def json_answer(

@@ -39,8 +39,8 @@ async def stream(
     """Yield the events of a job until its end, whose data `end` returns.
 
     If the job cannot be followed, the last event is `outage`, with the problem as its data and
-    without an id: the client connects again, and still has the id of its last status. So it does if
-    the server is `closing`.
+    without an id: the client connects again, and still has the id of its last status. If the
+    server is `closing`, the stream ends, and the client connects again.
     """
     yield b"retry: %d\n\n" % _RETRY
     try:

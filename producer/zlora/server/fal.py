@@ -5,14 +5,11 @@ what is done with each field.
 """
 
 import asyncio
-import base64
-import binascii
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Final, Literal, cast
-from urllib.parse import unquote_to_bytes
 
 from anyio import CancelScope
 from msgspec import Struct, structs
@@ -148,8 +145,8 @@ async def _submit(
         for name in fal.IMAGES if isinstance(document, dict) else ():
             address = document.get(name)
             if isinstance(address, str) and address.startswith("data:"):
-                data = await asyncio.to_thread(_decoded, address, f"$.{name}")
-                asset = await call.service.upload(call.caller, data, path=f"$.{name}")
+                expected = "Expected a URL, or an image as a data URI"
+                asset = await call.upload(address, f"$.{name}", expected)
                 document = {**document, name: asset.address}
         request = fal.to_request(document, app=app)
         # Base models that read a chat have no previews.
@@ -169,7 +166,7 @@ def _app(call: Call) -> str:
 
 
 def _options(call: Call) -> dict[str, Any]:
-    """Return what the headers of fal's say; raise `InvalidRequest` for others than these."""
+    """Return the options in fal's headers; raise `InvalidRequest` for unknown or wrong ones."""
     known = (_TIMEOUT, _PRIORITY, _HINT)
     for name, value in call.request.headers.items():
         if name.startswith("x-fal-") and name not in known:
@@ -186,22 +183,6 @@ def _options(call: Call) -> dict[str, Any]:
     return found
 
 
-def _decoded(address: str, path: str) -> bytes:
-    """Return the bytes of a data URI (RFC 2397)."""
-    media_type, mark, text = address.partition(",")
-    try:
-        if media_type.endswith(";base64"):
-            data = base64.b64decode(text, validate=True)
-        else:
-            data = unquote_to_bytes(text)
-    except (binascii.Error, ValueError):
-        mark = ""
-    if not mark or not data:
-        shown = f"a text of {len(address)} characters"
-        raise invalid(path, shown, "Expected a URL, or an image as a data URI")
-    return data
-
-
 async def _job(call: Call) -> AsyncJobHandle:
     """Return the job in the path; raise `NotFound` for other endpoints, and `JobUnknown`."""
     place = f"{call.request.path_params['owner']}/{call.request.path_params['alias']}"
@@ -213,7 +194,7 @@ async def _job(call: Call) -> AsyncJobHandle:
 async def _status(
     call: Call, handle: AsyncJobHandle, status: JobStatus, *, logs: bool
 ) -> dict[str, Any]:
-    """Return a status in fal's form. Its `logs` have the present state, or how the job ended.
+    """Return a status in fal's form; its `logs` have the present state, or how the job ended.
 
     Raises `JobUnknown` if Redis has lost the job.
     """
@@ -274,7 +255,7 @@ async def _progress(call: Call, handle: AsyncJobHandle) -> AsyncGenerator[bytes,
         async for event in _events(call, handle, document_of):
             yield event
     except (asyncio.CancelledError, GeneratorExit):
-        with CancelScope(shield=True), suppress(ZloraError):  # nobody reads the error
+        with CancelScope(shield=True), suppress(ZloraError):  # no client reads the error
             await handle.cancel()
         raise
 

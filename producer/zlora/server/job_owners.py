@@ -26,6 +26,8 @@ Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}\Z")]
 
 # A reserved job is open until it has been in the queue and has left it. Those that have left it are
 # looked for only if the tenant seems to have too many.
+# KEYS: the job's entry, the tenant's jobs, its open jobs, the queue's unfinished ones, its labels.
+# ARGV: id, entry, `max_jobs` or 0, expiry, `_SUBMITTING`, beginning of records' keys, `MAX_JOBS`.
 _RESERVE: Final = """
 local owner = redis.call('GET', KEYS[1])
 if owner and redis.call('EXISTS', ARGV[6] .. ARGV[1]) == 1 then return owner end
@@ -57,6 +59,7 @@ end
 return 1
 """
 # Only what the same submission has reserved, and only if no other one has queued the job by now.
+# KEYS: as above without the queue's. ARGV: id, entry, beginning of records' keys.
 _RELEASE: Final = """
 if redis.call('GET', KEYS[1]) ~= ARGV[2] then return end
 if redis.call('EXISTS', ARGV[3] .. ARGV[1]) == 1 then return end
@@ -139,7 +142,8 @@ class JobOwners:
     def page(self, tenant: str, *, labels: Mapping[str, str], limit: int, cursor: int = 0) -> Page:
         """Return up to `limit` jobs with all of these labels, the newest first.
 
-        `cursor` is that of the page before. Jobs that are submitted meanwhile may show a job twice.
+        `cursor` is that of the page before. A job may be in two pages if others are submitted
+        meanwhile.
         """
         lists = [self._list_key(tenant, f"{name}={value}") for name, value in labels.items()]
         with reached():

@@ -39,7 +39,7 @@ from zlora.server.service import public_result, web_url
 
 MAX_WAIT: Final = 60.0  # seconds: proxies close connections that are silent for longer
 _MAX_LABELS: Final = 8
-_LABEL_PARTS: Final = 200  # characters of a label's value
+_MAX_LABEL: Final = 200  # characters of a label's value
 
 Wait = Annotated[float, Meta(ge=0, le=MAX_WAIT)]
 
@@ -213,7 +213,7 @@ async def get_events(call: Call) -> Response:
         return Response(headers=events.HEADERS, media_type=events.MEDIA_TYPE)
 
     async def end() -> Job:
-        return await _ended(handle, entry)
+        return await _with_end(handle, entry)
 
     stream = events.stream(handle, last_id=last_id, end=end, closing=call.closing)
     return StreamingResponse(stream, headers=events.HEADERS, media_type=events.MEDIA_TYPE)
@@ -288,10 +288,10 @@ async def list_loras(call: Call) -> Response:
 async def _job(call: Call, job_id: str, *, wait: float = 0) -> Job:
     """Return a job with its end, after up to `wait` seconds."""
     entry = await call.service.entry(call.caller, job_id)
-    return await call.unless_gone(_ended(call.service.handle(job_id), entry, wait=wait))
+    return await call.unless_gone(_with_end(call.service.handle(job_id), entry, wait=wait))
 
 
-async def _ended(handle: AsyncJobHandle, entry: Entry, *, wait: float = 0) -> Job:
+async def _with_end(handle: AsyncJobHandle, entry: Entry, *, wait: float = 0) -> Job:
     """Return the document of a job whose entry is known, after up to `wait` seconds."""
     result: GenerateResult | None = None
     error: Failure | None = None
@@ -333,8 +333,8 @@ def _labels(given: tuple[str, ...]) -> dict[str, str]:
     for text in given:
         name, mark, value = text.partition("=")
         is_name = 0 < len(name) <= 40 and name.replace("_", "").replace("-", "").isalnum()  # noqa: PLR2004
-        if not mark or not is_name or not name.isascii() or len(value) > _LABEL_PARTS:
-            expected = f"Expected name=value, with a value of up to {_LABEL_PARTS} characters"
+        if not mark or not is_name or not name.isascii() or len(value) > _MAX_LABEL:
+            expected = f"Expected name=value, with a value of up to {_MAX_LABEL} characters"
             raise invalid("?label", text, expected)
         found[name] = value
     if len(found) > _MAX_LABELS:

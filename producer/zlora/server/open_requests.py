@@ -75,7 +75,7 @@ class OpenRequest:
         self.tenant: str | None = None
         self.held = 0
 
-    def belongs_to(self, tenant: str) -> None:
+    def count_for(self, tenant: str) -> None:
         """Count the request for a tenant; raise `TooManyRequests`."""
         self.tenant = tenant
         self._requests.count(tenant)
@@ -91,7 +91,7 @@ class OpenRequest:
     def bounded(self, scope: Scope, receive: Receive, max_body: int) -> Receive:
         """Return a `receive` for a body of up to `max_body` bytes.
 
-        It raises `BodyTooLarge`, `BodyTimeout`, `Overloaded` or `TooManyRequests`.
+        That function raises `BodyTooLarge`, `BodyTimeout`, `Overloaded` or `TooManyRequests`.
         """
         too_large = BodyTooLarge(
             f"the body has more than {max_body} bytes", {"max_bytes": max_body}

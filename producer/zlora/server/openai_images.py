@@ -114,7 +114,7 @@ async def edit(call: Call) -> Response:
     images: dict[str, Any] = {"image": image.url}
     if "mask" in files:
         async with _DECODING:
-            mask = await asyncio.to_thread(_painted, files["mask"])
+            mask = await asyncio.to_thread(_our_mask, files["mask"])
         images["mask"] = (await call.service.upload(call.caller, mask)).url
         document.setdefault("strength", 1)  # nothing stays of what is transparent
     for name, address in images.items():
@@ -280,7 +280,7 @@ def _parsed(call: Call, name: str, text: str) -> Any:
         return text
 
 
-def _painted(data: bytes) -> bytes:
+def _our_mask(data: bytes) -> bytes:
     """Return a mask as ours: white where OpenAI's is fully transparent, black elsewhere."""
     from PIL import Image
 

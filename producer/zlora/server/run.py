@@ -8,7 +8,8 @@ from typing import Final
 import uvicorn
 
 from zlora.errors import InvalidSetting
-from zlora.server.app import MAX_HEAD, make_app
+from zlora.server.app import make_app
+from zlora.server.middleware import MAX_HEAD
 from zlora.server.settings import ServerSettings
 from zlora.server.slow_clients import Protocol
 

@@ -16,8 +16,7 @@ from msgspec import structs
 
 from zlora import images
 from zlora.async_client import AsyncClient, AsyncJobHandle
-from zlora.broker import uploads
-from zlora.broker.uploads import Uploads
+from zlora.broker.uploads import MAX_BYTES, Uploads
 from zlora.client import Options, job_id_of
 from zlora.errors import BrokerUnavailable, Conflict, InvalidRequest, JobUnknown, ZloraError
 from zlora.lora.base_model import LoraInfo
@@ -39,7 +38,7 @@ from zlora.server.tenants import Tenant, allowed_info, require_allowed, require_
 
 T = TypeVar("T")
 
-_THREADS: Final = 8  # for the index; a call takes less than a millisecond
+_THREADS: Final = 8  # for Redis; a call takes less than a millisecond
 _READY_SECONDS: Final = 1.0  # for which an answer of Redis counts
 _FETCHES: Final = 8  # images whose bytes are fetched at the same time
 _INSPECTIONS: Final = 8  # LoRAs whose headers are fetched at the same time, from any server
@@ -62,8 +61,8 @@ class Service:
     def __init__(
         self,
         client: AsyncClient,
-        index: JobOwners,
-        kept: Uploads,
+        owners: JobOwners,
+        uploads: Uploads,
         *,
         preflight: Callable[[], Preflight] = Preflight,
         image_hosts: frozenset[str] | None = None,
@@ -72,10 +71,10 @@ class Service:
     ) -> None:
         """Take `base_url` for links to the server, if requests do not name its host."""
         self.base_url, self._needs_keys = base_url, needs_keys
-        self._client, self._index, self._uploads = client, index, kept
-        self._looking, self._looked = asyncio.Lock(), -math.inf  # on the monotonic clock
+        self._client, self._owners, self._uploads = client, owners, uploads
+        self._ready_lock, self._ready_at = asyncio.Lock(), -math.inf  # on the monotonic clock
         self._make_preflight, self._image_hosts = preflight, image_hosts
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="zlora-index")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="zlora-redis")
         # Apart, since a LoRA may be on a server that never answers, and images are not.
         self._fetching = ThreadPoolExecutor(_FETCHES, thread_name_prefix="zlora-fetch")
         self._inspecting = ThreadPoolExecutor(_INSPECTIONS, thread_name_prefix="zlora-inspect")
@@ -87,7 +86,7 @@ class Service:
         self._threads.shutdown(wait=False)
         self._fetching.shutdown(wait=False)
         self._inspecting.shutdown(wait=False)
-        self._index.close()
+        self._owners.close()
         self._uploads.close()
 
     async def submit(
@@ -116,7 +115,7 @@ class Service:
             tenant=caller.name, api=caller.api, submitted=time.time(), labels=dict(labels or {})
         )
         most = caller.tenant.max_jobs
-        found = await self._run(partial(self._index.reserve, job_id, entry, max_jobs=most))
+        found = await self._run(partial(self._owners.reserve, job_id, entry, max_jobs=most))
         if found is False:
             message = f"{most} jobs of this API key are queued or running"
             raise TooManyJobs(message, {"max_jobs": most})
@@ -128,17 +127,17 @@ class Service:
             raise
         except ZloraError:
             if found is True:
-                await self._run(partial(self._index.release, job_id, entry))
+                await self._run(partial(self._owners.release, job_id, entry))
             raise
         if idempotency_key is not None:
             # The same request may have come twice at the same time, and one of the two have been
             # refused, and released.
-            await self._run(partial(self._index.reserve, job_id, entry, max_jobs=None))
+            await self._run(partial(self._owners.reserve, job_id, entry, max_jobs=None))
         return handle
 
     async def entry(self, caller: Caller, job_id: str) -> Entry:
         """Return what is known of a job; raise `JobUnknown` unless it is the caller's."""
-        found = await self._run(partial(self._index.find, check_job_id(job_id)))
+        found = await self._run(partial(self._owners.find, check_job_id(job_id)))
         if found is None or found.tenant != caller.name:
             raise JobUnknown(f"no job {job_id} is known", {"job_id": job_id})
         return found
@@ -157,7 +156,7 @@ class Service:
     ) -> Page:
         """Return a page of the caller's jobs, the newest first."""
         return await self._run(
-            partial(self._index.page, caller.name, labels=labels, limit=limit, cursor=cursor)
+            partial(self._owners.page, caller.name, labels=labels, limit=limit, cursor=cursor)
         )
 
     async def result(self, caller: Caller, job_id: str, *, wait: float = 0) -> GenerateResult:
@@ -166,7 +165,7 @@ class Service:
         return await handle.result(timeout=wait)
 
     async def cancel(self, caller: Caller, job_id: str) -> Cancellation:
-        """Cancel a job."""
+        """Cancel a job; raise `JobUnknown` unless it is the caller's."""
         return await (await self.job(caller, job_id)).cancel()
 
     async def image_bytes(self, image: ImageRef) -> bytes:
@@ -200,9 +199,9 @@ class Service:
         Raises `BodyTooLarge` beyond 8 MiB, and `InvalidRequest`, with this `path`, for bytes of
         another format than workers read.
         """
-        if len(data) > uploads.MAX_BYTES:
-            message = f"the image has more than {uploads.MAX_BYTES} bytes"
-            raise BodyTooLarge(message, {"max_bytes": uploads.MAX_BYTES})
+        if len(data) > MAX_BYTES:
+            message = f"the image has more than {MAX_BYTES} bytes"
+            raise BodyTooLarge(message, {"max_bytes": MAX_BYTES})
         if not _IMAGE.match(data):
             raise invalid(path, f"{len(data)} bytes", "Expected the bytes of a PNG, JPEG or WebP")
         sha256 = await self._run(partial(self._uploads.add, caller.name, data))
@@ -240,14 +239,14 @@ class Service:
 
     async def unfinished(self) -> int:
         """Return the number of jobs in the queue, of all tenants, that have not ended."""
-        return await self._run(self._index.unfinished)
+        return await self._run(self._owners.unfinished)
 
     async def require_broker(self) -> None:
         """Raise `BrokerUnavailable` unless Redis answers, or has answered within a second."""
-        async with self._looking:
-            if time.monotonic() - self._looked >= _READY_SECONDS:
+        async with self._ready_lock:
+            if time.monotonic() - self._ready_at >= _READY_SECONDS:
                 await self.unfinished()
-                self._looked = time.monotonic()
+                self._ready_at = time.monotonic()
 
     async def _require_own_image(self, caller: Caller, asset: Asset, path: str) -> None:
         """Raise `InvalidRequest` for an image of another tenant's job or upload."""

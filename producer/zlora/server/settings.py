@@ -17,7 +17,6 @@ from zlora.server import tenants
 CORS: Final = "ZLORA_HTTP_ORIGINS"
 BASE_URL: Final = "ZLORA_HTTP_URL"
 DEFAULT_HOST: Final = "127.0.0.1"
-DEFAULT_PORT: Final = 8000
 
 
 class ServerSettings(Struct, frozen=True, kw_only=True):
@@ -71,7 +70,6 @@ def reference() -> Iterator[config.SettingRow]:
         "Origins of web pages of other sites that may use the server (CORS), such as "
         "`https://example.org`, separated by commas; `*` for all. Default: none.",
     )
-
     yield config.SettingRow(
         (BASE_URL,),
         "",

@@ -9,7 +9,7 @@ The file `ZLORA_API_KEYS` is JSON, which `zlora keys` writes:
 }
 ```
 
-It has no keys, only their SHA-256: a key has 256 random bits, which no dictionary contains.
+The file has the SHA-256 of each key, not the key, whose 256 random bits cannot be guessed.
 """
 
 import hashlib

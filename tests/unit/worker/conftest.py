@@ -60,16 +60,16 @@ def plain(loaded: Callable[[str], "Loaded"], base_family: str) -> bytes:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> "list[Tensor]":
     """Return the drawn images before they are rounded to bytes."""
-    from zlora_worker.model import pipeline
+    from zlora_worker.model import vae
 
     found: list[Tensor] = []
-    convert = pipeline.rgb
+    convert = vae.rgb
 
     def seen_and_converted(image: "Tensor") -> "Tensor":
         found.append(image)
         return convert(image)
 
-    monkeypatch.setattr(pipeline, "rgb", seen_and_converted)
+    monkeypatch.setattr(vae, "rgb", seen_and_converted)
     return found
 
 

@@ -192,7 +192,7 @@ def test_facts_of_a_base_change_with_it(worker: Worker) -> None:
     assert worker.model.pipeline.vae.config.scaling_factor == 0.2
     worker.run("velocity")
     assert worker.model.pipeline.vae.config.scaling_factor == 0.13025
-    assert worker.model._scheduler.config.prediction_type == "v_prediction"
+    assert worker.model.base.scheduler.config.prediction_type == "v_prediction"
 
 
 @contextmanager

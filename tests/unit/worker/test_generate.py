@@ -333,7 +333,7 @@ def test_the_result_says_whether_its_model_was_compiled(
 def test_a_result_is_tiled_if_any_of_its_images_was_decoded_in_tiles(
     child: Child, monkeypatch: pytest.MonkeyPatch, index: int
 ) -> None:
-    decode, decoded = child.model._decode_whole, list[int]()
+    decode, decoded = child.model.vae._decode_whole, list[int]()
 
     def small(*arguments: Any, **options: Any) -> Any:
         decoded.append(1)
@@ -341,7 +341,7 @@ def test_a_result_is_tiled_if_any_of_its_images_was_decoded_in_tiles(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(child.model, "_decode_whole", small)
+    monkeypatch.setattr(child.model.vae, "_decode_whole", small)
 
     assert run_job(child, "tiled", a_request(num_images=2)).tiled
 

@@ -192,7 +192,7 @@ OF: Final[dict[str, Rows]] = {
             "scheduler",
             "DPM++ 2M Karras",
             "Euler a",
-            *(name for name, row in SCHEDULERS.items() if row.family == "diffusion"),
+            *(name for name, row in SCHEDULERS.items() if row.formulation == "diffusion"),
         ),
         *each("schedule", "karras", "beta", "trailing", "linspace"),
         ({"scheduler": "flow_match_euler", "schedule": "karras"}, "$.schedule"),

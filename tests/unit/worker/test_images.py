@@ -40,7 +40,7 @@ from zlora.errors import (
 from zlora.schema import Asset, GenerateRequest, GenerateResult, LoraSpec, Phase, Upscale
 from zlora_worker.child import Child
 from zlora_worker.image_in_use import ImageInUse, read_files
-from zlora_worker.model import pipeline
+from zlora_worker.model import vae
 from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.model.schedulers import scheduler_for
 from zlora_worker.model.starting_image import StartingImage
@@ -71,7 +71,7 @@ def by_diffusers(
         options |= {"mask_image": mask, "width": start.width, "height": start.height}
     drawing = cls(**model.pipeline.components, add_watermarker=False)
     drawing.set_progress_bar_config(disable=True)
-    drawing.scheduler = scheduler_for(model._scheduler, request, seed=7)
+    drawing.scheduler = scheduler_for(model.base.scheduler, request, seed=7)
     output = drawing(
         prompt=request.prompt,
         num_inference_steps=request.steps,
@@ -87,7 +87,7 @@ def by_diffusers(
 
 def rounded(image: torch.Tensor) -> bytes:
     """Return the RGB bytes of an image."""
-    return pipeline.rgb(image).numpy().tobytes()
+    return vae.rgb(image).numpy().tobytes()
 
 
 def require_plain(child: Child, plain: bytes) -> None:

@@ -50,7 +50,7 @@ PROMPTS: Final = (
     {"prompt": "", "negative_prompt": "(blurry:0.5)", "prompt_syntax": "a1111"},
     {"prompt": "a city", "clip_skip": 1},
 )
-NAMES: Final = [name for name, row in SCHEDULERS.items() if row.family == "diffusion"]
+NAMES: Final = [name for name, row in SCHEDULERS.items() if row.formulation == "diffusion"]
 LORAS: Final = ("lora://one", "lora://fast", "lora://both")
 STRENGTHS: Final[tuple[dict[str, Any], ...]] = (  # over the steps and by block
     {"weight": -1},
@@ -110,7 +110,7 @@ def good(chance: random.Random) -> dict[str, Any]:
     fields: dict[str, Any] = dict(chance.choice(PROMPTS))
     if chance.random() < 0.6:
         name = chance.choice(
-            [name for name, row in SCHEDULERS.items() if row.family == "diffusion"]
+            [name for name, row in SCHEDULERS.items() if row.formulation == "diffusion"]
         )
         row = SCHEDULERS[name]
         fields |= {"scheduler": name, "num_inference_steps": chance.choice((1, 2, 3))}

@@ -24,7 +24,7 @@ from zlora.lora.catalogue import Catalogue, CatalogueRow
 from zlora.schema import GenerateRequest, GenerateResult, Phase, parse_request, parse_result
 from zlora_worker.child import Child
 from zlora_worker.delivery.lease import LeaseLost
-from zlora_worker.model.pipeline import MergedModel, Pipeline
+from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.results.manifest import delete_images, image_keys, read_result
 from zlora_worker.results.provenance import image_provenances
 
@@ -66,7 +66,7 @@ def calls(model: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(target, name, call)
 
     count(model.patch, "_merge", "merges")
-    count(MergedModel, "encode", "encodings")
+    count(Pipeline, "encode", "encodings")
     count(model, "draw", "drawn")
     return counted
 

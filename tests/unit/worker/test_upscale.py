@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from zlora.errors import InvalidRequest, JobRevoked
 from zlora.schema import Asset, GenerateResult, LoraSpec, Phase, Upscale
 from zlora_worker.child import Child
-from zlora_worker.model import pipeline
+from zlora_worker.model import vae
 from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.model.schedulers import scheduler_for
 
@@ -82,7 +82,7 @@ def test_latents_are_enlarged_before_they_are_decoded(child: Child, scheduler: s
     """By diffusers' pipelines, one after the other."""
     request = a_request(**SMALL, scheduler=scheduler)
     model = child.model.pipeline
-    model.scheduler = scheduler_for(child.model._scheduler, request, seed=7)
+    model.scheduler = scheduler_for(child.model.base.scheduler, request, seed=7)
     common = {"prompt": request.prompt, "num_inference_steps": 4, "guidance_scale": 7.5}
     first = model(
         **common,
@@ -94,7 +94,7 @@ def test_latents_are_enlarged_before_they_are_decoded(child: Child, scheduler: s
     larger = interpolate(first, (14, 12), mode="bilinear")
     second = StableDiffusionXLImg2ImgPipeline(**model.components, add_watermarker=False)
     second.set_progress_bar_config(disable=True)
-    second.scheduler = scheduler_for(child.model._scheduler, request, seed=7)
+    second.scheduler = scheduler_for(child.model.base.scheduler, request, seed=7)
     expected = second(
         **common,
         image=larger,
@@ -110,7 +110,7 @@ def test_latents_are_enlarged_before_they_are_decoded(child: Child, scheduler: s
         upscale=Upscale(factor=1.5, strength=0.7, mode="latent"),
     )
 
-    assert image == pipeline.rgb(expected).numpy().tobytes()
+    assert image == vae.rgb(expected).numpy().tobytes()
 
 
 def test_each_field_changes_the_image_and_the_next_job_is_plain(child: Child, plain: bytes) -> None:

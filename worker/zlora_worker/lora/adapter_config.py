@@ -89,7 +89,7 @@ class AdapterConfig:
             )
         if used := [field for field in _OTHER_KINDS if fields.get(field)]:
             raise ValueError(f"{name}: `{used[0]}` is not supported")
-        self._left = _MAX_SECONDS
+        self._seconds_left = _MAX_SECONDS
         self._alphas = self._patterns("alpha_pattern")
         self._ranks = self._patterns("rank_pattern")
 
@@ -208,13 +208,13 @@ class AdapterConfig:
     def _matches(self, expression: Any, module: str) -> bool:
         start = time.perf_counter()
         try:
-            return expression.match(module, timeout=max(self._left, 1e-3)) is not None
+            return expression.match(module, timeout=max(self._seconds_left, 1e-3)) is not None
         except TimeoutError:
             raise ValueError(
                 f"the patterns of its {self._name} take more than {_MAX_SECONDS:g} s"
             ) from None
         finally:
-            self._left -= time.perf_counter() - start
+            self._seconds_left -= time.perf_counter() - start
 
     def _number(self, alpha: Any) -> float:
         try:

@@ -15,11 +15,11 @@ from zlora_worker.lora.deltas import (
     DoraDelta,
     FullDelta,
     InvalidAdapter,
+    KroneckerFactor,
     LohaDelta,
     LokrDelta,
     LoraDelta,
     WeightDelta,
-    Whole,
     shown,
 )
 
@@ -143,16 +143,16 @@ def _lokr(parts: Parts, scale: float, max_elements: int) -> WeightDelta:
         if factor in parts and parts.keys() & {f"{factor}_a", f"{factor}_b"}:
             raise InvalidAdapter(f"has a {factor} both whole and in factors")
     if "lokr_w1" in parts:
-        small = Whole((parts["lokr_w1"],))
+        small = KroneckerFactor((parts["lokr_w1"],))
     else:
         small = _product(max_elements, *_two(parts, "lokr_w1_a", "lokr_w1_b"))
     if "lokr_w2" in parts:
-        large = Whole((parts["lokr_w2"],))
+        large = KroneckerFactor((parts["lokr_w2"],))
     elif "lokr_t2" in parts:
         up, down = _two(parts, "lokr_w2_a", "lokr_w2_b")
         down, inner = _joined(max_elements, CONTRACTED, down, parts["lokr_t2"])
         up, _ = _joined(max_elements, EXPANDED, up, inner)
-        large = Whole((up, down, parts["lokr_t2"]))
+        large = KroneckerFactor((up, down, parts["lokr_t2"]))
     else:
         large = _product(max_elements, *_two(parts, "lokr_w2_a", "lokr_w2_b"))
     if len(small.shape) != 2 or len(large.shape) < 2 or 0 in small.shape + large.shape:  # noqa: PLR2004
@@ -200,7 +200,7 @@ def _require_kernel(parts: Parts, target: Shape) -> None:
 
 
 def _two(parts: Parts, one: str, other: str) -> tuple[Tensor, Tensor]:
-    """Return two factors."""
+    """Return two factors; raise `InvalidAdapter` if one is missing or no matrix."""
     if missing := [name for name in (one, other) if name not in parts]:
         raise InvalidAdapter(f"lacks {' and '.join(missing)}")
     for name in (one, other):
@@ -242,10 +242,10 @@ def _joined(max_elements: int, equation: str, one: Tensor, other: Tensor) -> tup
         raise mismatch from None
 
 
-def _product(max_elements: int, one: Tensor, other: Tensor) -> Whole:
+def _product(max_elements: int, one: Tensor, other: Tensor) -> KroneckerFactor:
     """Pair two factors; raise `InvalidAdapter` if their product is larger than allowed."""
     flat = other.flatten(1)
     are_factors = one.dim() == 2 and one.shape[1] == len(flat)  # noqa: PLR2004
     if not are_factors or len(one) * flat.shape[1] > max_elements:
         raise InvalidAdapter(f"has factors of {shown(one.shape)} and {shown(flat.shape)}")
-    return Whole((one, other))
+    return KroneckerFactor((one, other))

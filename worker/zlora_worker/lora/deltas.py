@@ -126,17 +126,17 @@ class LohaDelta:
 
 
 @dataclass(frozen=True)
-class Whole:
+class KroneckerFactor:
     """Tensor that a file has whole, or as two factors with or without a middle between them."""
 
     # The whole; up [c, rank] and down [rank, d, *kernel]; or up [rank, c], down [inner, d] and
     # middle [rank, inner, *kernel].
-    factors: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
-        one, *others = self.factors
+        one, *others = self.tensors
         if not others:
             return tuple(one.shape)
         down, *middle = others
@@ -146,7 +146,7 @@ class Whole:
 
     def on(self, device: torch.device) -> Tensor:
         """Return the whole tensor in fp32."""
-        one, *others = (widened(factor, device) for factor in self.factors)
+        one, *others = (widened(tensor, device) for tensor in self.tensors)
         if not others:
             return one
         down, *middle = others
@@ -159,8 +159,8 @@ class Whole:
 class LokrDelta:
     """LoKr: the Kronecker product of a small matrix and a larger tensor."""
 
-    small: Whole  # [a, b]
-    large: Whole  # [c, d, *kernel]
+    small: KroneckerFactor  # [a, b]
+    large: KroneckerFactor  # [c, d, *kernel]
     scale: float  # of `small`
 
     @property
@@ -170,7 +170,7 @@ class LokrDelta:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.small.factors + self.large.factors
+        return self.small.tensors + self.large.tensors
 
     def delta(self, base: Tensor, weight: float) -> Tensor:
         small, large = self.small.on(base.device) * self.scale, self.large.on(base.device)

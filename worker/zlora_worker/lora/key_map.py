@@ -32,7 +32,7 @@ _ORIGINAL_NAMES: Final = (
 _OLD_ATTENTION: Final = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 
 
-class Place(NamedTuple):
+class Layer(NamedTuple):
     """A layer that a file names: a module of the base model, or several that are one layer there.
 
     The outputs of such a fused layer are those of its modules, in their order.
@@ -54,24 +54,24 @@ class KeyMap:
         modules = list(modules)
         components = {component for component, _ in modules}
         ldm = LdmNames(name for component, name in modules if component == "unet")
-        self._places: dict[str, Place] = {}
-        places = [Place(component, name, (name,)) for component, name in modules]
-        for component, name, own in [*places, *_fused(modules)]:
+        self._layers: dict[str, Layer] = {}
+        layers = [Layer(component, name, (name,)) for component, name in modules]
+        for component, name, own in [*layers, *_fused(modules)]:
             prefixes = PREFIXES.get(component, (component,))
             if component == "text_encoder" and "text_encoder_2" not in components:
                 prefixes += (SINGLE_TEXT_ENCODER,)
             for alias in _aliases(component, name, ldm):
                 for prefix in prefixes:
                     spelling = normalized(f"{prefix}.{alias}" if prefix else alias)
-                    place = Place(component, name, own)
-                    if (known := self._places.setdefault(spelling, place)) != place:
+                    layer = Layer(component, name, own)
+                    if (known := self._layers.setdefault(spelling, layer)) != layer:
                         raise ValueError(
                             f"two modules are spelt {spelling}: {name} and {known.name}"
                         )
 
-    def find(self, spelling: str) -> Place | None:
+    def find(self, spelling: str) -> Layer | None:
         """Return the layer with this spelling, or None if the model has no such layer."""
-        return self._places.get(normalized(spelling))
+        return self._layers.get(normalized(spelling))
 
 
 class LdmNames:
@@ -128,12 +128,12 @@ class LdmNames:
             self._blocks[f"{level}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{after}.conv"
 
 
-def _fused(modules: Iterable[Module]) -> Iterator[Place]:
+def _fused(modules: Iterable[Module]) -> Iterator[Layer]:
     """Yield the layers of Z-Image's original code that have queries, keys and values in one."""
     for component, name in modules:
         if component == "transformer" and name.endswith(".attention.to_q"):
             block = name.removesuffix("to_q")
-            yield Place(component, f"{block}qkv", tuple(f"{block}to_{part}" for part in "qkv"))
+            yield Layer(component, f"{block}qkv", tuple(f"{block}to_{part}" for part in "qkv"))
 
 
 def _aliases(component: str, name: str, ldm: LdmNames) -> Iterator[str]:

@@ -70,7 +70,7 @@ class WeightedLora:
         return self.lora.digest, self.unet_weight, self.text_encoder_weight, self.blocks
 
 
-class Block(NamedTuple):
+class Chunk(NamedTuple):
     """Part of a stack: rows `first` to `last`, and outputs `top` to `bottom` of their matrices."""
 
     stack: int
@@ -153,10 +153,10 @@ class Plan:
         self._batches.clear()
         self._deltas.clear()
 
-    def blocks(self, base: Matrices) -> Iterator[Block]:
-        """Yield all rows that change, in blocks that fit into scratch memory.
+    def chunks(self, base: Matrices) -> Iterator[Chunk]:
+        """Yield all rows that change, in chunks that fit into scratch memory.
 
-        A delta that is not a LoRA product needs its whole matrix, and has a block of its own.
+        A delta that is not a LoRA product needs its whole matrix, and has a chunk of its own.
         """
         for stack, rows in self.rows.items():
             _, out, columns = base[stack].shape
@@ -164,25 +164,25 @@ class Plan:
             for first, last in runs(rows):
                 if (step := limit // (out * columns)) > 0:
                     for row in range(first, last, step):
-                        yield Block(stack, row, min(row + step, last), 0, out)
+                        yield Chunk(stack, row, min(row + step, last), 0, out)
                     continue
                 for row in range(first, last):
                     height = out if (stack, row) in self._deltas else max(1, limit // columns)
                     for top in range(0, out, height):
-                        yield Block(stack, row, row + 1, top, min(top + height, out))
+                        yield Chunk(stack, row, row + 1, top, min(top + height, out))
 
-    def merge(self, block: Block, base: Matrices, target: Tensor, scratch: Scratch) -> None:
-        """Merge one block of `base` into `target`, a view with the block's shape.
+    def merge(self, chunk: Chunk, base: Matrices, target: Tensor, scratch: Scratch) -> None:
+        """Merge one chunk of `base` into `target`, a view with the chunk's shape.
 
         Raises `LoraMismatch` if a delta is not finite.
         """
-        total = scratch.of("total", target.shape).copy_(block.of(base[block.stack]))
-        for weight, batch, part in self._batches.get(block.stack, ()):
-            _add_products(total, batch, block, part=part, weight=weight, scratch=scratch)
-        for row in range(block.first, block.last) if self._deltas else ():
-            for index, weight, change in self._deltas.get(Slot(block.stack, row), ()):
-                delta = change.delta(base[block.stack][row].to(total), weight)
-                total[row - block.first] += delta
+        total = scratch.of("total", target.shape).copy_(chunk.of(base[chunk.stack]))
+        for weight, batch, part in self._batches.get(chunk.stack, ()):
+            _add_products(total, batch, chunk, part=part, weight=weight, scratch=scratch)
+        for row in range(chunk.first, chunk.last) if self._deltas else ():
+            for index, weight, change in self._deltas.get(Slot(chunk.stack, row), ()):
+                delta = change.delta(base[chunk.stack][row].to(total), weight)
+                total[row - chunk.first] += delta
                 square = float(delta.square().sum())
                 if not math.isfinite(square):
                     raise LoraMismatch(
@@ -194,19 +194,19 @@ class Plan:
 
 
 def _add_products(
-    total: Tensor, batch: Batch, block: Block, *, part: range, weight: float, scratch: Scratch
+    total: Tensor, batch: Batch, chunk: Chunk, *, part: range, weight: float, scratch: Scratch
 ) -> None:
-    """Add the products of a part of a batch whose rows are in the block."""
-    low = bisect_left(batch.rows, block.first, part.start, part.stop)
-    high = bisect_left(batch.rows, block.last, part.start, part.stop)
+    """Add the products of a part of a batch whose rows are in the chunk."""
+    low = bisect_left(batch.rows, chunk.first, part.start, part.stop)
+    high = bisect_left(batch.rows, chunk.last, part.start, part.stop)
     for first, last in runs(batch.rows[low:high]):
         these = slice(low, low + last - first)
         low = these.stop
-        ups, downs = batch.factors(these, scratch, top=block.top, bottom=block.bottom)
+        ups, downs = batch.factors(these, scratch, top=chunk.top, bottom=chunk.bottom)
         if last - first == 1:
-            total[first - block.first].addmm_(ups[0], downs[0], alpha=weight)
+            total[first - chunk.first].addmm_(ups[0], downs[0], alpha=weight)
         else:
-            total[first - block.first : last - block.first].baddbmm_(ups, downs, alpha=weight)
+            total[first - chunk.first : last - chunk.first].baddbmm_(ups, downs, alpha=weight)
 
 
 def runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -223,10 +223,10 @@ def runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 class _Round:
-    """Blocks of one merge, shared by the threads that merge them."""
+    """Chunks of one merge, shared by the threads that merge them."""
 
-    def __init__(self, blocks: Sequence[Block], merge: Callable[[Block, int], None]) -> None:
-        self.waiting = deque(blocks)
+    def __init__(self, chunks: Sequence[Chunk], merge: Callable[[Chunk, int], None]) -> None:
+        self.waiting = deque(chunks)
         self.faults: list[BaseException] = []
         self.begun: list[int] = []  # numbers of the pool's threads
         self.ended: list[int] = []
@@ -234,22 +234,22 @@ class _Round:
         self._merge = merge
 
     def run(self, number: int) -> None:
-        """Merge waiting blocks until none is left, in thread `number`."""
+        """Merge waiting chunks until none is left, in thread `number`."""
         try:
             torch.set_num_threads(1)  # for this thread, and for threads that start later
             while True:
                 try:
-                    block = self.waiting.popleft()
+                    chunk = self.waiting.popleft()
                 except IndexError:
                     return
-                self._merge(block, number)
+                self._merge(chunk, number)
         except BaseException as fault:  # noqa: BLE001 - thread boundary: `MergePool.merge` raises it
             self.waiting.clear()
             self.faults.append(fault)
 
 
 class MergePool:
-    """Threads that merge blocks on a CPU, with one torch thread each.
+    """Threads that merge chunks on a CPU, with one torch thread each.
 
     The products are too thin for torch to split one among threads. The pool's threads are started
     once and never joined, and the calling thread uses C-level queues and locks only: the exception
@@ -263,15 +263,15 @@ class MergePool:
         self._torch_threads: int | None = None  # torch's setting before the merge in progress
 
     def merge(
-        self, threads: int, blocks: Sequence[Block], merge: Callable[[Block, int], None]
+        self, threads: int, chunks: Sequence[Chunk], merge: Callable[[Chunk, int], None]
     ) -> None:
-        """Merge all blocks with `threads` threads, one of which is the calling thread.
+        """Merge all chunks with `threads` threads, one of which is the calling thread.
 
-        `merge` is called with a block and the number of its thread. Raises the first exception of
+        `merge` is called with a chunk and the number of its thread. Raises the first exception of
         `merge`. If a signal interrupts this method, call `stop` before anything else.
         """
         self._torch_threads = torch.get_num_threads()
-        self._round = this = _Round(blocks, merge)
+        self._round = this = _Round(chunks, merge)
         while self._size < threads - 1:
             _thread.start_new_thread(_serve, (self._rounds,))
             self._size += 1
@@ -285,7 +285,7 @@ class MergePool:
     def stop(self) -> None:
         """Return when no thread merges any more; may be called again if it is interrupted."""
         if self._round is not None:
-            self._round.waiting.clear()  # a thread that begins later finds no block
+            self._round.waiting.clear()  # a thread that begins later finds no chunk
             while len(self._round.ended) < len(self._round.begun):
                 self._round.wake.get()
             self._round = None
@@ -298,7 +298,7 @@ def _serve(rounds: "SimpleQueue[tuple[int, _Round]]") -> None:
     """Run rounds for ever (thread of the pool)."""
     while True:
         number, this = rounds.get()
-        this.begun.append(number)  # before a block is taken: `stop` waits for this thread
+        this.begun.append(number)  # before a chunk is taken: `stop` waits for this thread
         if this.waiting:
             this.run(number)
         this.ended.append(number)

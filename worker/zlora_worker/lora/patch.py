@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zlora.errors import BaseNotRestored
 
 from zlora_worker.lora.deltas import Scratch
-from zlora_worker.lora.merge import Block, MergePool, Plan, WeightedLora
+from zlora_worker.lora.merge import Chunk, MergePool, Plan, WeightedLora
 from zlora_worker.lora.weights import Weights
 from zlora_worker.monitoring.logs import said_by
 from zlora_worker.signals import run_to_completion
@@ -25,7 +25,7 @@ Mode = Literal["shadow", "inplace"]
 
 
 class Patch:
-    """The only code that changes the model's weights."""
+    """Merged weights in the model; nothing else changes its weights for a job."""
 
     def __init__(self, weights: Weights, *, mode: Mode) -> None:
         """Make the pristine copy if `mode` is `inplace`; see also `warm_up`."""
@@ -45,7 +45,7 @@ class Patch:
         self._weights_now: list[float] = []  # of each in the UNet
         self._merged: Plan | None = None  # content of the shadows; None while they are written
         self._pointers: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, shadow, base
-        self._written: list[Block] = []  # blocks of the base that are overwritten
+        self._written: list[Chunk] = []  # chunks of the base that are overwritten
         self._scratch: list[Scratch] = []  # one for each thread
         self._pool = MergePool()
 
@@ -54,7 +54,7 @@ class Patch:
         if self.mode == "shadow":
             for number in self._base:
                 shadow = self._make_shadow(number)
-                # A number in each page, which the system makes at the first write to it.
+                # Write one number into each page: the system makes a page at its first write.
                 shadow.flatten()[:: mmap.PAGESIZE // shadow.itemsize].zero_()
         for stack in self._weights.stacks:
             for row in range(len(stack.names)):
@@ -132,19 +132,19 @@ class Patch:
         for parameter, _, base in self._pointers:
             parameter.data = base
         if self._written:
-            self._merged = None  # first: a set is not merged once a block of it is restored
+            self._merged = None  # first: a set is not merged once a chunk of it is restored
         self._copy_back(self._written)
         self._written = []
 
-    def _copy_back(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            block.of(self._base[block.stack]).copy_(block.of(self._pristine[block.stack]))
+    def _copy_back(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            chunk.of(self._base[chunk.stack]).copy_(chunk.of(self._pristine[chunk.stack]))
 
     def _merge(self, plan: Plan) -> Plan:
         self._merged = None
         if self.mode == "inplace":
-            fresh, stale = list(plan.blocks(self._base)), self._written
-            self._written = [*stale, *fresh]  # before the first block is written
+            fresh, stale = list(plan.chunks(self._base)), self._written
+            self._written = [*stale, *fresh]  # before the first chunk is written
             self._copy_back(set(stale).difference(fresh))
             self._run(plan, source=self._pristine, target=self._base)
             self._written = fresh
@@ -172,15 +172,15 @@ class Patch:
         return shadow
 
     def _run(self, plan: Plan, *, source: dict[int, Tensor], target: dict[int, Tensor]) -> None:
-        blocks = list(plan.blocks(self._base))
+        chunks = list(plan.chunks(self._base))
         device = self._weights.device
-        threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
+        threads = min(torch.get_num_threads(), len(chunks)) if device.type == "cpu" else 1
         self._scratch += [Scratch(device) for _ in range(threads - len(self._scratch))]
 
-        def merge(block: Block, thread: int) -> None:
-            plan.merge(block, source, block.of(target[block.stack]), self._scratch[thread])
+        def merge(chunk: Chunk, thread: int) -> None:
+            plan.merge(chunk, source, chunk.of(target[chunk.stack]), self._scratch[thread])
 
-        self._pool.merge(threads, blocks, merge)
+        self._pool.merge(threads, chunks, merge)
 
 
 def choose_mode(weights: Weights, setting: str) -> Mode:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -28,12 +28,14 @@ from zlora_worker.lora.deltas import (
     Scratch,
     WeightDelta,
 )
-from zlora_worker.lora.key_map import KeyMap, Module, Place
+from zlora_worker.lora.key_map import KeyMap, Layer, Module
 from zlora_worker.lora.tensor_file import FLOATS, INTEGERS, pin_exactly, read_stacks
 from zlora_worker.lora.weights import Slot, Weights, as_matrices
 
 # Numbers that are widened at a time for checks and norms: 4 MB of fp32.
 _ELEMENTS: Final = 2**20
+
+_Layers = Mapping[Layer, Mapping[str, str]]  # with the names of their tensors by part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,15 +148,14 @@ class Reader:
         an unsupported format, contains NaN or Inf, or changes nothing.
         """
         try:
-            scales = partial(Scales, beside=config, alpha=alpha)
-            return self._read(path, digest, scales)
+            return self._read(path, digest, config=config, alpha=alpha)
         except NotSafetensors as error:
             raise NotSafetensors(f"{source}: {error}", error.details) from None
         except _Refusal as refusal:
             raise LoraMismatch(f"{source}: {refusal}") from None
 
     def require_effect(self, lora: Lora, *, source: str) -> None:
-        """Raise `LoraMismatch` if a LoRA that was read for another base changes nothing in this.
+        """Raise `LoraMismatch` if a LoRA that was read for another base has no effect on this one.
 
         Only magnitudes of DoRA depend on the weights of the base.
         """
@@ -164,69 +165,27 @@ class Reader:
         except _Refusal as refusal:
             raise LoraMismatch(f"{source}: {refusal}") from None
 
-    def _read(
-        self,
-        path: Path,
-        digest: str,
-        scales_of: Callable[[Mapping[str, str]], Scales],
-    ) -> Lora:
-        # names
+    def _read(self, path: Path, digest: str, *, config: bytes | None, alpha: float | None) -> Lora:
         header = read_header(path)
-        found, unmatched = self._by_place(header)
-
-        # tensors
-        _require_floats(header, found)
-        groups = self._groups(header, found)
-        stacks, tensors_sha256 = read_stacks(path, header, groups, pinned=self._on_gpu)
-        tensors: dict[str, Tensor] = {}
-        for names, stack in zip(groups, stacks, strict=True):
-            _require_finite(names, stack)
-            tensors |= zip(names, stack.unbind(), strict=True)
-
-        # deltas
+        found, unmatched = self._by_layer(header)
+        tensors, tensors_sha256 = self._tensors(path, header, found)
         try:
-            scales = scales_of(header.metadata)
-            parsed_places = self._parse(header, found, tensors, scales)
+            scales = Scales(header.metadata, beside=config, alpha=alpha)
+            parsed = self._parse(header, found, tensors, scales)
             scales.require_alpha_used()
         except ValueError as error:
             raise _Refusal(str(error)) from None
-        products: dict[tuple[int, int, bool], dict[int, LoraDelta]] = defaultdict(dict)
-        deltas: list[tuple[Slot, WeightDelta]] = []
-        modules: dict[Module, ParsedModule] = {}
-        places: dict[Module, Place] = {}
-        for place, of_modules in parsed_places.items():
-            own = {(place.component, name): place for name in place.modules}
-            if twice := own.keys() & places.keys():
-                raise _Refusal(
-                    f"has {'.'.join(min(twice))} twice: alone, and in a layer with others"
-                )
-            places |= own
-            modules |= zip(own, of_modules, strict=True)
-        for module, parsed in modules.items():
-            for leaf, delta in (("weight", parsed.weight), ("bias", parsed.bias)):
-                if delta is None:
-                    continue
-                slot = self._weights.slots.get((*module, leaf))
-                if slot is None and parsed.bias_part == "up_bias":  # half of a LoRA is none
-                    raise _Refusal(
-                        f"{module[0]}.{places[module].name} has a LoRA with a bias (`lora_bias`), "
-                        "the base model's layer has no bias"
-                    )
-                if slot is None:
-                    unmatched.append(found[places[module]][parsed.bias_part])
-                elif isinstance(delta, LoraDelta):
-                    products[slot.stack, delta.rank, delta.mid is not None][slot.row] = delta
-                else:
-                    deltas.append((slot, delta))
-        batches = [_batch(key[0], products[key]) for key in sorted(products)]
+        batches, deltas, without_bias = self._by_slot(found, parsed)
+        modules = [(layer.component, name) for layer in found for name in layer.modules]
+        each = [module for of_layer in parsed.values() for module in of_layer]
         lora = Lora(
             digest=digest,
             tensors_sha256=tensors_sha256,
             format=key_names.format_of(header.tensors),
-            kinds=tuple(sorted({parsed.kind for parsed in modules.values()})),
-            ranks=tuple(sorted({parsed.rank for parsed in modules.values() if parsed.rank})),
+            kinds=tuple(sorted({module.kind for module in each})),
+            ranks=tuple(sorted({module.rank for module in each if module.rank})),
             modules=dict(Counter(component for component, _ in modules)),
-            unmatched=tuple(sorted(set(unmatched))),
+            unmatched=tuple(sorted({*unmatched, *without_bias})),
             other_base=self._other_base(header, modules),
             alpha_assumed=scales.assumed,
             trigger_words=base_model.trigger_words(header.metadata),
@@ -239,9 +198,9 @@ class Reader:
         self._require_effect(lora)
         return lora
 
-    def _by_place(self, header: Header) -> tuple[dict[Place, dict[str, str]], list[str]]:
+    def _by_layer(self, header: Header) -> tuple[dict[Layer, dict[str, str]], list[str]]:
         """Tensor names by layer and part, and the names without a layer."""
-        found: dict[Place, dict[str, str]] = defaultdict(dict)
+        found: dict[Layer, dict[str, str]] = defaultdict(dict)
         unmatched = []
         for name in header.tensors:
             if is_embedding(name):
@@ -249,17 +208,20 @@ class Reader:
             if kind := key_names.unsupported_kind(name):
                 raise _Refusal(f"a LoRA of the kind {kind}, which is not supported")
             key = key_names.parse_key(name)
-            place = self._key_map.find(key.module) if key else None
-            if key is None or place is None:
+            layer = self._key_map.find(key.module) if key else None
+            if key is None or layer is None:
                 unmatched.append(name)
-            elif key.part in found[place]:
+            elif key.part in found[layer]:
                 raise _Refusal(
-                    f"two tensors for one place: {found[place][key.part][:100]} and {name[:100]}"
+                    f"two tensors for one place: {found[layer][key.part][:100]} and {name[:100]}"
                 )
             else:
-                found[place][key.part] = name
-        for place in [place for place, parts in found.items() if parts.keys() == {"alpha"}]:
-            unmatched += found.pop(place).values()
+                found[layer][key.part] = name
+        for layer in [layer for layer, parts in found.items() if parts.keys() == {"alpha"}]:
+            unmatched += found.pop(layer).values()
+        counts = Counter((layer.component, name) for layer in found for name in layer.modules)
+        if twice := [module for module, count in counts.items() if count > 1]:
+            raise _Refusal(f"has {'.'.join(min(twice))} twice: alone, and in a layer with others")
         if found:
             return found, unmatched
         if not any(map(key_names.parse_key, header.tensors)):
@@ -269,51 +231,85 @@ class Reader:
             or f"none of its modules is in the base model: {key_names.summary(header.tensors)}"
         )
 
-    def _groups(self, header: Header, found: Mapping[Place, Mapping[str, str]]) -> list[list[str]]:
-        """Group tensors of one part, type and shape by stack, in the order of its rows.
+    def _tensors(self, path: Path, header: Header, found: _Layers) -> tuple[dict[str, Tensor], str]:
+        """Read the tensors of the layers; also return the sha256 of the file without its header.
 
-        In memory in this order, a batch's factors are one tensor each.
+        Tensors of one part, type and shape are read by stack, in the order of its rows: so a
+        batch's factors are one tensor each.
         """
-        groups: dict[tuple[int, str, str, tuple[int, ...]], list[tuple[int, str]]] = defaultdict(
-            list
-        )
-        for place, names in found.items():
-            slot = self._weights.slots[place.component, place.modules[0], "weight"]
+        rows: dict[tuple[int, str, str, tuple[int, ...]], list[tuple[int, str]]] = defaultdict(list)
+        for layer, names in found.items():
+            slot = self._weights.slots[layer.component, layer.modules[0], "weight"]
             for part, name in names.items():
                 info = header.tensors[name]
-                groups[slot.stack, part, info.dtype, info.shape].append((slot.row, name))
-        return [[name for _, name in sorted(groups[key])] for key in sorted(groups)]
+                is_alpha = name.endswith(".alpha") and info.dtype in INTEGERS
+                if info.dtype not in FLOATS and not is_alpha:
+                    raise _Refusal(
+                        f"{name[:100]} is of the type {info.dtype}: "
+                        "quantised files are not supported"
+                    )
+                rows[slot.stack, part, info.dtype, info.shape].append((slot.row, name))
+        groups = [[name for _, name in sorted(rows[key])] for key in sorted(rows)]
+        stacks, sha256 = read_stacks(path, header, groups, pinned=self._on_gpu)
+        tensors: dict[str, Tensor] = {}
+        for group, stack in zip(groups, stacks, strict=True):
+            _require_finite(group, stack)
+            tensors |= zip(group, stack.unbind(), strict=True)
+        return tensors, sha256
 
     def _parse(
-        self,
-        header: Header,
-        found: Mapping[Place, Mapping[str, str]],
-        tensors: Mapping[str, Tensor],
-        scales: Scales,
-    ) -> dict[Place, list[ParsedModule]]:
+        self, header: Header, found: _Layers, tensors: Mapping[str, Tensor], scales: Scales
+    ) -> dict[Layer, list[ParsedModule]]:
         """Return the deltas of each module of a layer, in their order."""
         parsed = {}
         try:
-            for place, names in found.items():
+            for layer, names in found.items():
                 parts = {part: tensors[name] for part, name in names.items()}
                 shapes = [
-                    self._weights.shape(self._weights.slots[place.component, name, "weight"])
-                    for name in place.modules
+                    self._weights.shape(self._weights.slots[layer.component, name, "weight"])
+                    for name in layer.modules
                 ]
                 ends = list(accumulate(shape[0] for shape in shapes))
                 is_peft = any(map(key_names.is_peft, names.values()))
-                scale_of = partial(scales.of, place.component, place.name, is_peft=is_peft)
+                scale_of = partial(scales.of, layer.component, layer.name, is_peft=is_peft)
                 whole = parse_module(parts, (ends[-1], *shapes[0][1:]), scale_of)
-                parsed[place] = [whole]
+                parsed[layer] = [whole]
                 if len(ends) > 1:
                     rows = map(slice, [0, *ends], ends)
-                    parsed[place] = [whole.sliced(part) for part in rows]
+                    parsed[layer] = [whole.sliced(part) for part in rows]
         except InvalidAdapter as error:
-            message = f"{place.component}.{place.name}"[:120] + f" {error}"
+            message = f"{layer.component}.{layer.name}"[:120] + f" {error}"
             if clause := self._detect_base_model(header):
                 message = f"{clause}; {message}"
             raise _Refusal(message) from None
         return parsed
+
+    def _by_slot(
+        self, found: _Layers, parsed: Mapping[Layer, Sequence[ParsedModule]]
+    ) -> tuple[list[Batch], list[tuple[Slot, WeightDelta]], list[str]]:
+        """Return LoRA deltas in batches, all others, and tensors of biases that no layer has."""
+        products: dict[tuple[int, int, bool], dict[int, LoraDelta]] = defaultdict(dict)
+        deltas: list[tuple[Slot, WeightDelta]] = []
+        without_bias: list[str] = []
+        for layer, modules in parsed.items():
+            for name, module in zip(layer.modules, modules, strict=True):
+                for leaf, delta in (("weight", module.weight), ("bias", module.bias)):
+                    if delta is None:
+                        continue
+                    slot = self._weights.slots.get((layer.component, name, leaf))
+                    if slot is None and module.bias_part == "up_bias":  # half of a LoRA is none
+                        raise _Refusal(
+                            f"{layer.component}.{layer.name} has a LoRA with a bias "
+                            "(`lora_bias`), the base model's layer has no bias"
+                        )
+                    if slot is None:
+                        without_bias.append(found[layer][module.bias_part])
+                    elif isinstance(delta, LoraDelta):
+                        products[slot.stack, delta.rank, delta.mid is not None][slot.row] = delta
+                    else:
+                        deltas.append((slot, delta))
+        batches = [_batch(key[0], products[key]) for key in sorted(products)]
+        return batches, deltas, without_bias
 
     def _other_base(self, header: Header, modules: Iterable[Module]) -> str:
         """Return a clause if the header names another base model, and no layer shows this one.
@@ -386,17 +382,6 @@ def require_whole(lora: Lora, *, source: str) -> None:
             f"{key_names.summary(lora.unmatched)}; with `strict: false` the rest is used",
             {"unmatched": lora.unmatched_counts(), "modules": lora.modules},
         )
-
-
-def _require_floats(header: Header, found: Mapping[Place, Mapping[str, str]]) -> None:
-    for names in found.values():
-        for name in names.values():
-            dtype = header.tensors[name].dtype
-            is_alpha = name.endswith(".alpha") and dtype in INTEGERS
-            if dtype not in FLOATS and not is_alpha:
-                raise _Refusal(
-                    f"{name[:100]} is of the type {dtype}: quantised files are not supported"
-                )
 
 
 def _require_finite(names: Sequence[str], stack: Tensor) -> None:

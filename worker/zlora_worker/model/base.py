@@ -13,14 +13,14 @@ from zlora_worker.model.checksum import WeightChecksum, WeightDigests, weights_s
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.family import Family
 
-# Attributes of modules by which two models with the same layout may differ: numbers, words, and the
+# Attributes of modules by which two models with the same layout may differ: numbers, texts, and the
 # configuration that diffusers and transformers keep.
 _PLAIN: Final = (bool, int, float, str, tuple, list, type(None))
 _CONFIGURATIONS: Final = ("config", "_internal_dict")
 # Entries of a configuration that say where a model comes from, not what it does.
 _ORIGINS: Final = ("transformers_version", "architectures", "dtype", "torch_dtype")
 
-_Place = tuple[str, str, str]  # component, module and name of an attribute
+_Attribute = tuple[str, str, str]  # component, module and name
 
 
 class BaseModel:
@@ -60,7 +60,7 @@ class BaseModel:
         self.layout = dict(_layout(components))
         self.attributes = dict(_attributes(components))
         # Those in which this base differs from the one that was loaded first.
-        self.own_attributes: dict[_Place, Any] = {}
+        self.own_attributes: dict[_Attribute, Any] = {}
         if is_pinned:
             pin_exactly()
         digests = WeightDigests()
@@ -126,9 +126,9 @@ class BaseModel:
         if odd := next(iter(self.attributes.keys() ^ other.attributes.keys()), None):
             raise ModelUnavailable(f"{start}: only one of both has {'.'.join(odd)}")
         other.own_attributes = {
-            place: value
-            for place, value in other.attributes.items()
-            if not _is_same(value, self.attributes[place])
+            attribute: value
+            for attribute, value in other.attributes.items()
+            if not _is_same(value, self.attributes[attribute])
         }
 
     def copy_from(self, other: "BaseModel") -> None:
@@ -140,9 +140,9 @@ class BaseModel:
 
     def set_attributes(self, before: "BaseModel", now: "BaseModel") -> None:
         """Give the modules the attributes of the base whose bytes they have now."""
-        for place in before.own_attributes | now.own_attributes:
-            component, module, name = place
-            value = now.own_attributes.get(place, self.attributes[place])
+        for attribute in before.own_attributes | now.own_attributes:
+            component, module, name = attribute
+            value = now.own_attributes.get(attribute, self.attributes[attribute])
             setattr(self._components[component].get_submodule(module), name, value)
 
 
@@ -156,9 +156,7 @@ def _layout(components: Mapping[str, nn.Module]) -> Iterator[tuple[str, str]]:
             yield f"{component}.{name}", f"{dtype} of {'x'.join(map(str, tensor.shape)) or '1'}"
 
 
-def _attributes(
-    components: Mapping[str, nn.Module],
-) -> Iterator[tuple[_Place, Any]]:
+def _attributes(components: Mapping[str, nn.Module]) -> Iterator[tuple[_Attribute, Any]]:
     """Yield component, module and name of each attribute that two models may differ in."""
     for component, model in components.items():
         for module_name, module in model.named_modules():

@@ -102,7 +102,7 @@ class BaseModels:
         return "disk"
 
     def _begin(self, reading: "_Reading") -> None:
-        """Remember what is read (in its thread), even if a signal interrupts who has started it."""
+        """Remember a reading (in its thread): a signal may interrupt the thread that starts it."""
         self._reading = reading
 
     def _finish_reading(self, waiting: Callable[[], None]) -> "_Reading | None":
@@ -145,6 +145,6 @@ class _Reading:
         begin(self)
         try:
             self.base = self._load()
-        except BaseException as error:  # noqa: BLE001 - thread boundary: raised by who waits for it
+        except BaseException as error:  # noqa: BLE001 - thread boundary: `make_resident` raises it
             self.error = error
         self.has_ended = True

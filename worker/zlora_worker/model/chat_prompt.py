@@ -4,11 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from zlora.prompt_syntax import parse
 from zlora.schema import GenerateRequest, PromptReceipt, invalid
 
 from zlora_worker.model.family import Family
-from zlora_worker.model.text_encoding import EncodedText, warnings_of
+from zlora_worker.model.text_encoding import EncodedText, parse_without_loras, warnings_of
 
 
 class ReadChat(NamedTuple):
@@ -29,9 +28,7 @@ def read_chat(pipeline: Any, family: Family, request: GenerateRequest) -> ReadCh
         prompts["$.negative_prompt"] = request.negative_prompt
     read = ReadChat([], [])
     for path, text in prompts.items():
-        parsed = parse(text, request.prompt_syntax)
-        if parsed.loras:  # they would be ignored here: what resolves them also removes them
-            raise invalid(path, text, "Expected no LoRA tags, or a worker that resolves them")
+        parsed = parse_without_loras(path, text, request.prompt_syntax)
         plain = "".join(fragment.text for fragment in parsed.sections[0])
         count = _chat_tokens(pipeline.tokenizer, plain)
         if family.chat_tokens and count > family.chat_tokens:

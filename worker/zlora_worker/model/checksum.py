@@ -1,4 +1,4 @@
-"""Checksums of the base model's weights and words, compared in full or in slices after each job."""
+"""Checksums of a base model and its tokenizers, compared in full or in slices after each job."""
 
 import hashlib
 import math
@@ -15,8 +15,7 @@ from zlora_worker.lora.weights import Weights
 
 _SLICE: Final = 64 * 2**20  # bytes: summed at a time, and the least that a check compares
 _WORDS: Final = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # by bytes
-# Words. Their order within a segment is not detected; shorter segments cost time.
-_SEGMENT: Final = 64
+_SEGMENT: Final = 64  # words, whose order is not detected; shorter segments cost time
 _MIX: Final = 29  # bits by which a segment's sum is shifted onto itself
 
 _Identity = tuple[Any, ...]
@@ -30,7 +29,7 @@ class ChecksumResult(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Tensors of one shape: their names, and their bits as [names, words]."""
+    """Tensors of one shape: their names, and their bits as integers [names, words]."""
 
     names: tuple[str, ...]
     words: Tensor
@@ -54,12 +53,12 @@ class WeightChecksum:
         weights: Weights,
         tokenizers: Mapping[str, Any] | None = None,
     ) -> None:
-        """Sum all weights once; the words of the tokenizers are compared, too."""
+        """Sum all weights once; the tokenizers are compared, too."""
         self._components, self._weights = components, weights
         self.tokenizers = tokenizers or {}
         self.vocabularies = self._current_vocabularies()
         self._structure = self._current_structure()
-        self.words = self._current_words()
+        self.added_tokens = self._current_added_tokens()
         self._stacked = {
             f"{stack.component}.{name}" for stack in weights.stacks for name in stack.names
         }
@@ -72,15 +71,15 @@ class WeightChecksum:
         """Compare the base: all of it, or as much as `seconds` allow if that is less.
 
         A slice begins where the last slice ended. Modules, parameters and their pointers, and the
-        words that were added to a tokenizer, are compared at every check, and whole vocabularies if
-        all is compared.
+        tokens that were added to a tokenizer, are compared at every check, and whole vocabularies
+        if all is compared.
         """
         found = self._current_structure()
         moved = [
             name for name in self._structure | found if self._structure.get(name) != found.get(name)
         ]
-        words = self._current_words()
-        moved += [name for name in words if words[name] != self.words[name]]
+        added_tokens = self._current_added_tokens()
+        moved += [name for name in added_tokens if added_tokens[name] != self.added_tokens[name]]
         parts = list(self._parts())
         total = sum(part.nbytes for part in parts)
         chosen = parts
@@ -105,7 +104,7 @@ class WeightChecksum:
     def expect(self, other: "WeightChecksum") -> None:
         """Compare from now on with another base of the same layout; may be repeated."""
         self.sums, self.tokenizers = other.sums, other.tokenizers
-        self.vocabularies, self.words = other.vocabularies, other.words
+        self.vocabularies, self.added_tokens = other.vocabularies, other.added_tokens
 
     def sums_sha256(self) -> str:
         """Sha256 in hex of all sums, with the names, types and shapes of the tensors."""
@@ -147,8 +146,8 @@ class WeightChecksum:
                 found[f"{component}.{name}"] = (tuple(buffer.shape), buffer.stride())
         return found
 
-    def _current_words(self) -> dict[str, _Identity]:
-        """Tokenizers, and the words that were added to them."""
+    def _current_added_tokens(self) -> dict[str, _Identity]:
+        """Tokenizers, and the tokens that were added to them."""
         return {
             name: (
                 id(tokenizer.backend_tokenizer),

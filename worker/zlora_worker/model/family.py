@@ -65,7 +65,7 @@ class Family:
     limits: BaseLimits = field(default_factory=BaseLimits)
     """What requests cannot have."""
     schedulers: tuple[str, ...] = ()
-    """Names of the schedulers that diffusers' pipelines draw with; empty for all of the kind."""
+    """Names of the schedulers that diffusers' pipelines draw with; empty for all that can."""
     noising: str = "add_noise"
     """Method of the scheduler by which diffusers adds noise to an image to start from."""
     rounds_steps_up: bool = False
@@ -80,6 +80,13 @@ class Family:
     def is_guided(self, request: GenerateRequest) -> bool:
         """Return whether the guidance scale of a request has an effect."""
         return request.guidance > self.no_guidance
+
+    def side_of(self, pipeline: Any) -> int:
+        """Return the native width and height in pixels of a model, by its pipeline of diffusers."""
+        if self.native_side is not None:
+            return self.native_side
+        side: int = getattr(pipeline, self.denoiser).config.sample_size * pipeline.vae_scale_factor
+        return side
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -130,15 +130,15 @@ class _Loading:
             self.name = Path(os.path.abspath(path)).name
         self._record = ModelDigests.path(settings, dtype=str(dtype or settings.dtype))
         self.known = ModelDigests.read(self._record)
-        self._beside = ThreadPoolExecutor(1)
+        self._hashing = ThreadPoolExecutor(1)
         # Model sites identify a checkpoint by the sha256 of its file.
         self._file: Future[FileDigest] | None = None
         if path.is_file():
-            self._file = self._beside.submit(FileDigest.of, path, known=self.known.file)
+            self._file = self._hashing.submit(FileDigest.of, path, known=self.known.file)
         try:
             self.family, self.pipeline = _read(settings, path, dtype)
         except BaseException:  # also a signal's: no thread may go on reading the file
-            self._beside.shutdown()
+            self._hashing.shutdown()
             raise
 
     def __enter__(self) -> Self:
@@ -153,7 +153,7 @@ class _Loading:
             digests.write(self._record)
 
     def __exit__(self, *_: object) -> None:
-        self._beside.shutdown()
+        self._hashing.shutdown()
 
 
 def _read(settings: Settings, path: Path, dtype: torch.dtype | None) -> tuple[Family, Any]:
@@ -218,23 +218,36 @@ def _download(name: str, *, revision: str | None, variant: str | None) -> Path:
     return Path(folder)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype | None) -> tuple[Family, Any]:
+def _from_folder(
+    folder: Path, dtype: torch.dtype | None, *, denoiser_file: Path | None = None
+) -> tuple[Family, Any]:
+    """Load a model in diffusers' layout, with `denoiser_file` all of it but the denoiser.
+
+    That file is in the original layout.
+    """
     family = _family_of_folder(folder)
     dtype = dtype or family.gpu_dtype
     for name in family.text_encoders.values():
         _require_vocabulary(folder / name)
-    has_fp16 = dtype is torch.float16 and any(
-        folder.glob(f"{family.denoiser}/*.fp16.*safetensors*")
-    )
+    options: dict[str, Any] = {}
+    if denoiser_file is not None:
+        options[family.denoiser] = family.denoiser_class.from_single_file(
+            str(denoiser_file),
+            config=str(folder / family.denoiser),
+            local_files_only=True,
+            dtype=dtype,
+        )
+    elif dtype is torch.float16 and any(folder.glob(f"{family.denoiser}/*.fp16.*safetensors*")):
+        options["variant"] = "fp16"
     pipeline = family.text_to_image.from_pretrained(
         str(folder),
         dtype=dtype,
-        variant="fp16" if has_fp16 else None,
         local_files_only=True,
         use_safetensors=True,
+        **options,
         **family.pipeline_options,
     )
-    _require_whole(pipeline, family, str(folder))
+    _require_whole(pipeline, family, str(denoiser_file or folder))
     _require_text_weights(folder, pipeline, family)
     return family, pipeline
 
@@ -276,66 +289,38 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype | None) -> tup
             f"{path}: only .safetensors files are loaded, because other checkpoints can run code"
         )
     family, tensors = _family_of_file(path)
-    dtype = dtype or family.gpu_dtype
-    if family.denoiser_class is not None:
-        return family, _from_denoiser_file(path, config, family, dtype)
+    folder, vocabulary = family.config, family.vocabulary
     if config:
-        folder = vocabulary = _config_folder(path, config, family)
-    elif family.config is None:
+        folder = vocabulary = Path(config).expanduser()
+        if (found := _family_of_folder(folder)) is not family:
+            raise ModelUnavailable(
+                f"{path} is of {family.name}, and the folder of ZLORA_MODEL_CONFIG of {found.name}"
+            )
+    if family.denoiser_class is not None:
+        if folder is None:
+            others = ", ".join(name for name in family.components if name not in family.markers)
+            raise ModelUnavailable(
+                f"{path} is a {family.denoiser} of {family.name}: name the folder with {others} "
+                "and the configuration in ZLORA_MODEL_CONFIG"
+            )
+        return _from_folder(folder, dtype, denoiser_file=path)
+    if folder is None:
         raise ModelUnavailable(
             f"{path} does not say which configuration of {family.name} it needs: name the folder "
             "with that in ZLORA_MODEL_CONFIG"
         )
-    else:
-        folder, vocabulary = family.config, family.vocabulary or family.config
+    tokenizers = family.text_encoders.values()
     pipeline = family.text_to_image.from_single_file(
         str(path),
         config=str(folder),
         local_files_only=True,
-        dtype=dtype,
-        **{name: _tokenizer(vocabulary, name) for name in family.text_encoders.values()},
+        dtype=dtype or family.gpu_dtype,
+        **{name: _tokenizer(vocabulary or folder, name) for name in tokenizers},
         **family.pipeline_options,
     )
     _require_whole(pipeline, family, str(path))
     _set_prediction(pipeline, tensors)
     return family, pipeline
-
-
-def _from_denoiser_file(path: Path, config: str, family: Family, dtype: torch.dtype) -> Any:
-    """Load a denoiser in the original layout, and all other components from the folder `config`."""
-    if not config:
-        others = ", ".join(name for name in family.components if name not in family.markers)
-        raise ModelUnavailable(
-            f"{path} is a {family.denoiser} of {family.name}: name the folder with {others} and "
-            "the configuration in ZLORA_MODEL_CONFIG"
-        )
-    folder = _config_folder(path, config, family)
-    for name in family.text_encoders.values():
-        _require_vocabulary(folder / name)
-    denoiser = family.denoiser_class.from_single_file(
-        str(path), config=str(folder / family.denoiser), local_files_only=True, dtype=dtype
-    )
-    pipeline = family.text_to_image.from_pretrained(
-        str(folder),
-        **{family.denoiser: denoiser},
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        **family.pipeline_options,
-    )
-    _require_whole(pipeline, family, str(path))
-    _require_text_weights(folder, pipeline, family)
-    return pipeline
-
-
-def _config_folder(path: Path, config: str, family: Family) -> Path:
-    """Return the folder of a single file's configuration; raise `ModelUnavailable` for another."""
-    folder = Path(config).expanduser()
-    if (found := _family_of_folder(folder)) is not family:
-        raise ModelUnavailable(
-            f"{path} is of {family.name}, and the folder of ZLORA_MODEL_CONFIG of {found.name}"
-        )
-    return folder
 
 
 def _set_prediction(pipeline: Any, tensors: Collection[str]) -> None:

@@ -1,8 +1,6 @@
 """Lend the base model to one job at a time: merge its LoRAs, draw, restore and check."""
 
-import math
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -11,9 +9,7 @@ from weakref import WeakSet
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch.nn.functional import interpolate
 from zlora.base_limits import BaseLimits, require_honoured
 from zlora.errors import BaseNotRestored, GenerationFailed, ModelUnavailable, OutOfMemory
 from zlora.schema import GenerateRequest, invalid
@@ -24,20 +20,21 @@ from zlora_worker.lora.reader import Reader
 from zlora_worker.model.base import BaseModel
 from zlora_worker.model.chat_prompt import encode_chat, read_chat
 from zlora_worker.model.compiled_blocks import compile_blocks
+from zlora_worker.model.denoising import Denoising
 from zlora_worker.model.digests import BaseDigest
 from zlora_worker.model.embedding_file import EmbeddingReader
 from zlora_worker.model.family import Family
+from zlora_worker.model.out_of_memory import free_tensors, is_out_of_memory, out_of_memory
 from zlora_worker.model.preview import Previews
-from zlora_worker.model.schedulers import scheduler_for, scheduler_name
+from zlora_worker.model.schedulers import scheduler_name
 from zlora_worker.model.starting_image import StartingImage
 from zlora_worker.model.text_encoding import Embedding, EncodedText, encode, read_prompts
+from zlora_worker.model.vae import Vae
 from zlora_worker.monitoring.logs import said_by
 from zlora_worker.signals import run_to_completion
 
 _LONG_PROMPT: Final = "a " * 64
 _CHECK_SHARE: Final = 0.01  # of a job's time, for the check of the base after it
-# Messages of torch without a class of their own: a CPU's allocator, pinned memory, cuBLAS.
-_OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 class PipelineState(StrEnum):
@@ -99,22 +96,12 @@ class Pipeline:
             compile_blocks(self._denoiser, with_graphs=compile_mode == "graphs")
         self.previews = Previews(pipeline, family)
         self.base_checked = 1.0  # share of the base's bytes that the last check compared
-        self.tiled = False  # True if the last images were decoded in tiles, which differs slightly
         self._check_all = check_all
-        self._scheduler = self.base.scheduler
         self._checksum = self.resident.checksum
-        self._vae_dtype = pipeline.vae.dtype
-        self._decode_whole = pipeline.vae.decode
-        pipeline.vae.decode = self._decode
-        self._encode_whole = pipeline.vae.encode
-        pipeline.vae.encode = self._encode
-        self._set_tiles()
-
-    def _set_tiles(self) -> None:
-        """Set half of the native size: a VAE's default tile is an image of native size."""
-        vae, tile = self.pipeline.vae, self._native_side // self.pipeline.vae_scale_factor // 2
-        vae.tile_latent_min_size = tile
-        vae.tile_sample_min_size = tile * self.pipeline.vae_scale_factor
+        self.vae = Vae(pipeline, native_side=family.side_of(pipeline))
+        self.denoising = Denoising(
+            pipeline, family, patch=self.patch, previews=self.previews, vae=self.vae
+        )
 
     def warm_up(self) -> None:
         """Do now what would make the first job slower than the next ones.
@@ -171,10 +158,10 @@ class Pipeline:
             self.state = PipelineState.BUSY
             yield self.pipeline
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            self._free(error)  # first: the check below needs memory too
-            raise self._out_of_memory(error, request) from error
+            free_tensors(error)  # first: the check below needs memory too
+            raise out_of_memory(error, self.size(request) if request else None) from error
         finally:
             self.state = PipelineState.DIRTY
             self._restore()
@@ -229,22 +216,19 @@ class Pipeline:
             stack.squared_norms = other.squared_norms
         if base.options != self.base.options:
             self.pipeline.register_to_config(**base.options)
-        self._scheduler = base.scheduler
+        self.denoising.base_scheduler = base.scheduler
         # Past diffusers' own setter, which looks up the library of each class again.
         vars(self.pipeline).update(base.tokenizers, scheduler=base.scheduler)
         self.embedding_reader = EmbeddingReader(self.pipeline, self._family)
         self.previews.change_base()
-        self._set_tiles()
+        self.vae.set_tiles(self._family.side_of(self.pipeline))
         self.base = base
         self._next_base = None  # last: until then all of this is repeated
 
     def _restore(self) -> None:
         """Restore everything that a job can leave changed if a signal interrupts it."""
         self.patch.restore()
-        self.pipeline.vae.disable_tiling()
-        # A decode that fails leaves the VAE in fp32.
-        if self.pipeline.vae.dtype is not self._vae_dtype:
-            self.pipeline.vae.to(self._vae_dtype)
+        self.vae.restore()
 
     def check(self, seconds: float | None = None) -> None:
         """Compare the base with its checksum: all of it, or as much as `seconds` allow.
@@ -276,7 +260,7 @@ class Pipeline:
     def require_honoured(self, request: GenerateRequest) -> None:
         """Raise `InvalidRequest` for a field that this base model cannot honour.
 
-        So is a name in `blocks` that the UNet lacks. Schedulers are checked by `scheduler_name`.
+        A name in `blocks` that the UNet lacks is refused too; `scheduler_name` checks schedulers.
         """
         require_honoured(self.with_defaults(request), self._family.limits, base=self.family)
         for index, spec in enumerate(request.loras):
@@ -286,14 +270,12 @@ class Pipeline:
 
     def size(self, request: GenerateRequest) -> tuple[int, int]:
         """Width and height in pixels; the default is the model's native size."""
-        return request.width or self._native_side, request.height or self._native_side
+        return self.denoising.size(request)
 
     @property
-    def _native_side(self) -> int:
-        if self._family.native_side is not None:
-            return self._family.native_side
-        side: int = self._denoiser.config.sample_size * self.pipeline.vae_scale_factor
-        return side
+    def tiled(self) -> bool:
+        """True if the last images were decoded in tiles, which differ slightly."""
+        return self.vae.tiled
 
     @property
     def limits(self) -> BaseLimits:
@@ -337,7 +319,7 @@ class Pipeline:
         """
         family = self._family
         return scheduler_name(
-            self._scheduler, request, only=family.schedulers, noising=family.noising
+            self.base.scheduler, request, only=family.schedulers, noising=family.noising
         )
 
     def require_text(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> None:
@@ -380,284 +362,21 @@ class Pipeline:
         """
         self.require_honoured(request)
         request = self.with_defaults(request)
-        self.tiled = False
+        self.vae.tiled = False
         text = text or self.encode(request)
-        second, upscale = request.second_pass, request.upscale
-        if second is None or upscale is None:
-            return _pictures(self._pass(request, seeds, on_step, text=text, start=start))
-        width, height = upscale.size(*self.size(request), step=self.limits.side_step)
-        enlarged: Any
-        if upscale.mode == "latent":
-            latents = self._pass(
-                request, seeds, on_step, text=text, start=start, output_type="latent"
-            )
-            factor = self.pipeline.vae_scale_factor
-            size = (height // factor, width // factor)
-            enlarged = interpolate(latents.float(), size, mode="bilinear").to(latents.dtype)
-        else:
-            with self._untiled():  # `zlora replay` turns on tiles for the last decode
-                made = _pictures(self._pass(request, seeds, on_step, text=text, start=start))
-            enlarged = [image.resize((width, height), Image.Resampling.LANCZOS) for image in made]
-        first_steps = request.drawn_steps
-        return _pictures(
-            self._pass(
-                second,
-                seeds,
-                lambda step: on_step(first_steps + step),
-                text=text,
-                enlarged=enlarged,
-            )
-        )
-
-    def _pass(
-        self,
-        request: GenerateRequest,
-        seeds: Sequence[int],
-        on_step: Callable[[int], None],
-        *,
-        text: EncodedText,
-        start: StartingImage | None = None,
-        enlarged: Any = None,
-        output_type: str = "pt",
-    ) -> Any:
-        """Draw the images of one pass, or with the output type `latent` their latents.
-
-        `enlarged` has the images or the latents that the second pass starts from.
-        """
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        seed = seeds[0] if len(seeds) == 1 else list(seeds)
-        family = self._family
-        self.pipeline.scheduler = scheduler_for(
-            self._scheduler, request, seed=seed, only=family.schedulers, noising=family.noising
-        )
-        drawing, options = self._drawing(request, start, generators, enlarged)
-        options |= _text_options(text, is_list=family.chat_tokens is not None)
-        # Not all of diffusers' pipelines have these arguments; a scheduler that takes none of them
-        # has refused the request.
-        if request.timesteps:
-            options["timesteps"] = list(request.timesteps)
-        if request.sigmas:
-            options["sigmas"] = list(request.noise_levels)
-        if request.eta:
-            options["eta"] = request.eta
-
-        def step_end(
-            pipeline: Any, call: int, _timestep: object, tensors: dict[str, Tensor]
-        ) -> dict[str, Tensor]:
-            # A second-order scheduler calls the model about twice for each step.
-            calls, steps = pipeline.num_timesteps, request.drawn_steps
-            on_step(math.ceil((call + 1) * steps / calls))
-            if call + 1 < calls:  # the calls of one step have the same weights
-                self.patch.move_to((call + 1) * steps // calls / steps)
-            return tensors
-
-        hooks = [self.previews.watch(drawing)] if request.previews else []
-        # Test what the VAE decodes, whole or tile by tile, before a clamp turns Inf into white. A
-        # hook, because the pipeline casts the VAE back after it has decoded.
-        finite: list[Tensor] = []
-        hooks.append(
-            self.pipeline.vae.decoder.register_forward_hook(
-                lambda *call: finite.append(torch.isfinite(call[-1]).all())
-            )
-        )
-        try:
-            self.patch.move_to(0.0)
-            output = drawing(
-                num_inference_steps=request.steps,
-                guidance_scale=request.guidance,
-                num_images_per_prompt=len(seeds),
-                generator=generators,
-                callback_on_step_end=step_end,
-                output_type=output_type,
-                **options,
-            )
-        except (RuntimeError, MemoryError) as error:
-            if len(seeds) == 1 or not _is_out_of_memory(error):
-                raise
-            self._free(error)
-            raise self._out_of_memory(error, request) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.previews.forget()
-        if not all(map(bool, finite)):
-            raise GenerationFailed(
-                "an image has NaN or Inf values: "
-                "the weight of a LoRA is too high, or the VAE overflows"
-            )
-        if start is not None and start.keeps:
-            lay = drawing.image_processor.apply_overlay
-            return [lay(start.mask, start.image, image) for image in _pictures(output.images)]
-        return output.images
-
-    def _drawing(
-        self,
-        request: GenerateRequest,
-        start: StartingImage | None,
-        generators: Sequence[torch.Generator],
-        enlarged: Any,
-    ) -> tuple[Any, dict[str, Any]]:
-        """Return diffusers' pipeline for text alone, an image, or an image with a mask.
-
-        Each has the components of the resident one, and no weight of its own. Also return what is
-        an argument of this pipeline only.
-        """
-        if start is None and enlarged is None:
-            width, height = self.size(request)
-            latents = self._noise(width, height, generators)
-            return self.pipeline, {"width": width, "height": height, "latents": latents}
-        rows = len(generators)
-        strength = request.image_strength
-        if self._family.rounds_steps_up:
-            strength = _strength_of_whole_steps(request)
-        options: dict[str, Any] = {"image": enlarged, "strength": strength}
-        if start is not None:
-            options["image"] = [start.image] * rows
-        cls = self._family.image_to_image
-        if start is not None and start.mask is not None:
-            cls = self._family.inpainting
-            width, height = start.image.size
-            options |= {"mask_image": [start.mask] * rows, "width": width, "height": height}
-        drawing = cls(**self.pipeline.components | self._family.pipeline_options)
-        drawing.set_progress_bar_config(disable=True)
-        return drawing, options
-
-    def _encode(self, image: Tensor, **options: Any) -> Any:
-        """Replace the VAE's `encode`: whole, also if `zlora replay` has turned on tiles.
-
-        The image that is drawn again was decoded in tiles; its start was encoded whole.
-        """
-        with self._untiled():
-            return self._encode_whole(image, **options)
-
-    @contextmanager
-    def _untiled(self) -> Iterator[None]:
-        vae = self.pipeline.vae
-        tiles, vae.use_tiling = vae.use_tiling, False
-        try:
-            yield
-        finally:
-            vae.use_tiling = tiles
-
-    def _decode(self, latents: Tensor, **options: Any) -> Any:
-        """Replace the VAE's `decode`: decode in tiles if whole images run out of memory.
-
-        Both ways start from the same latents: no step is denoised again.
-        """
-        try:
-            return self._decode_each(latents, **options)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            self._free(error)
-        self.tiled = True
-        try:
-            self.pipeline.vae.enable_tiling()
-            return self._decode_each(latents, **options)
-        finally:
-            self.pipeline.vae.disable_tiling()
-
-    def _decode_each(self, latents: Tensor, **options: Any) -> Any:
-        """Decode one image at a time: decoding takes far more memory than a step of denoising."""
-        if len(latents) == 1:
-            return self._decode_whole(latents, **options)
-        # Copies, because the alignment in memory changes the last bits of an image.
-        rows = [latents[row : row + 1].clone() for row in range(len(latents))]
-        return (torch.cat([self._decode_whole(row, **options)[0] for row in rows]),)
-
-    def _out_of_memory(self, error: BaseException, request: GenerateRequest | None) -> OutOfMemory:
-        width, height, size = None, None, ""
-        if request:
-            width, height = self.size(request)
-            size = f" at {width} x {height} pixels"
-        return OutOfMemory(
-            f"the job needs more memory than this worker has{size}: "
-            f"{type(error).__name__}: {said_by(error)}",
-            {"width": width, "height": height},
-        )
-
-    def _free(self, error: BaseException) -> None:
-        """Free the tensors that the frames of an error's traceback hold."""
-        traceback.clear_frames(error.__traceback__)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _noise(self, width: int, height: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """Draw the initial latents, in fp32 on the CPU: a seed is the same noise on any device."""
-        factor = self.pipeline.vae_scale_factor
-        shape = (1, self._denoiser.config.in_channels, height // factor, width // factor)
-        rows = [torch.randn(shape, generator=each, dtype=torch.float32) for each in generators]
-        dtype = torch.float32 if self._family.has_fp32_latents else self._denoiser.dtype
-        return torch.cat(rows).to(self.device, dtype)
+        return self.denoising.draw(request, seeds, on_step, text=text, start=start)
 
 
 class MergedModel:
-    """Pipeline with LoRAs merged, inside a block of `Pipeline.with_loras`."""
+    """Methods of a pipeline with LoRAs merged, inside a block of `Pipeline.with_loras`."""
 
     def __init__(self, pipeline: Pipeline, relative_norms: list[float]) -> None:
         self.relative_norms: Final = relative_norms  # |delta| / |W| of each LoRA, in their order
+        self.encode, self.draw = pipeline.encode, pipeline.draw
+        self.preview = pipeline.previews.latest
         self._pipeline = pipeline
-
-    def encode(self, request: GenerateRequest, embeddings: Sequence[Embedding] = ()) -> EncodedText:
-        """Encode the prompts of a request; see `text_encoding.encode`."""
-        return self._pipeline.encode(request, embeddings)
-
-    def draw(
-        self,
-        request: GenerateRequest,
-        seeds: Sequence[int],
-        on_step: Callable[[int], None],
-        *,
-        text: EncodedText | None = None,
-        start: StartingImage | None = None,
-    ) -> list[Image.Image]:
-        """Draw an image of each seed; see `Pipeline.draw`."""
-        return self._pipeline.draw(request, seeds, on_step, text=text, start=start)
-
-    def preview(self) -> str | None:
-        """Return the first image that is being drawn, for `previews`; see `Previews.latest`."""
-        return self._pipeline.previews.latest()
 
     @property
     def tiled(self) -> bool:
         """True if the last images were decoded in tiles."""
         return self._pipeline.tiled
-
-
-def _strength_of_whole_steps(request: GenerateRequest) -> float:
-    """Return the strength of which diffusers draws exactly `drawn_steps`, rounded up or not."""
-    drawn, steps = request.drawn_steps, request.steps
-    return 1.0 if drawn == steps else math.nextafter(drawn / steps, 0)
-
-
-def _text_options(text: EncodedText, *, is_list: bool) -> dict[str, Any]:
-    """Return the prompts as arguments of diffusers' pipelines: tensors, or lists of matrices."""
-    if is_list:
-        negative = None if text.negative is None else list(text.negative)
-        return {"prompt_embeds": list(text.prompt), "negative_prompt_embeds": negative}
-    options = {"prompt_embeds": text.prompt, "negative_prompt_embeds": text.negative}
-    if text.pooled is not None:
-        options["pooled_prompt_embeds"] = text.pooled
-        options["negative_pooled_prompt_embeds"] = text.negative_pooled
-    return options
-
-
-def _pictures(images: Any) -> list[Image.Image]:
-    """Return the images of tensors; others are images already."""
-    if not isinstance(images, Tensor):
-        return list(images)
-    return [Image.fromarray(rgb(image).cpu().numpy()) for image in images]
-
-
-def rgb(image: Tensor) -> Tensor:
-    """Convert [3, height, width] in 0..1 to RGB bytes [height, width, 3], on the image's device.
-
-    The bits are those of diffusers' own conversion, which copies fp32 to the host first.
-    """
-    return (image.float() * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""Small pictures of an image while it is drawn.
+"""Small versions of an image while it is drawn.
 
 What the image would be without its noise is estimated from the last call of the denoiser, and shown
 by a linear map from latents to RGB that is fitted on the VAE: no further call of a model is needed.

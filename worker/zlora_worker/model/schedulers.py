@@ -10,7 +10,7 @@ import diffusers
 from diffusers import EulerDiscreteScheduler
 from zlora.schedulers import (
     SCHEDULERS,
-    Family,
+    Formulation,
     Schedule,
     SchedulerEntry,
     of_class,
@@ -22,12 +22,12 @@ from zlora.schema import GenerateRequest, invalid
 # diffusers asks torchsde for times that rounding puts a millionth outside of its interval.
 warnings.filterwarnings("ignore", r"Should have t[ab][<>]=t[01]", UserWarning)
 
-_FAMILIES: Final[dict[Family, str]] = {
+_FORMULATIONS: Final[dict[Formulation, str]] = {
     "diffusion": "noise or velocity prediction",
     "edm": "EDM",
     "flow": "flow matching",
 }
-# Schedulers that look noise levels up by the timestep; others interpolate, and -1 is as 0.
+# Schedulers that look noise levels up by the timestep, which must exist; others interpolate.
 _INDEXED: Final = ("ddim", "ddpm", "pndm")
 _LEAST_SNR: Final = 2**-24  # with which diffusers replaces zero, as infinite noise has no number
 
@@ -44,9 +44,9 @@ def scheduler_for(
 
     `base` is the scheduler that the base model came with. `seed` is that of the image, or a list of
     the seeds of several images that are drawn at once. `only` has the names of the schedulers that
-    can be chosen, of all of the base's kind if it is empty; `noising` is the method that adds noise
-    to an image to start from. Raises `InvalidRequest` if a scheduler for that model cannot do what
-    the request says.
+    can be chosen; if it is empty, all of the base's formulation can. `noising` is the method that
+    adds noise to an image to start from. Raises `InvalidRequest` if a scheduler for that model
+    cannot do what the request says.
     """
     cls, options = _class_and_options(base, request, seed=seed, only=only, noising=noising)
     return cls.from_config(base.config, **options)
@@ -77,7 +77,7 @@ def _class_and_options(
         cls, name = type(base), of_class(type(base).__name__, config)
     else:
         name, schedule = choice
-        _require_family(base, choice.entry, request)
+        _require_formulation(base, choice.entry, request)
         if only and name not in only:
             names = ", ".join(only)
             expected = f"Expected {names}: the base model's pipeline draws with no other one"
@@ -105,18 +105,18 @@ def _class_and_options(
     return cls, options
 
 
-def _require_family(base: Any, wanted: SchedulerEntry, request: GenerateRequest) -> None:
-    """Raise `InvalidRequest` if the scheduler is for models of another kind."""
+def _require_formulation(base: Any, wanted: SchedulerEntry, request: GenerateRequest) -> None:
+    """Raise `InvalidRequest` if the scheduler is for models of another formulation."""
     own = of_class(type(base).__name__, base.config)
-    family: Family = SCHEDULERS[own].family if own else "diffusion"
+    formulation: Formulation = SCHEDULERS[own].formulation if own else "diffusion"
     prediction = base.config.get("prediction_type", "epsilon")
     if base.config.get("use_flow_sigmas") or prediction == "flow_prediction":
-        family = "flow"
-    if wanted.family != family:
+        formulation = "flow"
+    if wanted.formulation != formulation:
         expected = (
-            f"Expected a scheduler for {_FAMILIES[family]}, as the model's own is "
+            f"Expected a scheduler for {_FORMULATIONS[formulation]}, as the model's own is "
             f"({type(base).__name__}, {prediction}): {wanted.class_name} is for "
-            f"{_FAMILIES[wanted.family]}"
+            f"{_FORMULATIONS[wanted.formulation]}"
         )
         raise invalid("$.scheduler", request.scheduler, expected)
 

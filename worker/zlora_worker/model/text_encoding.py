@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from zlora.prompt_syntax import MAX_WINDOWS, Fragment, PromptSyntax, parse
+from zlora.prompt_syntax import MAX_WINDOWS, Fragment, ParsedPrompt, PromptSyntax, parse
 from zlora.schema import GenerateRequest, PromptReceipt, invalid
 
 from zlora_worker.model.family import Family
@@ -30,7 +30,7 @@ _ENDS: Final = (re.compile(r"[.,;:]</w>"), re.compile(r".*</w>", re.DOTALL))
 _TAG: Final = re.compile(r"<(?:lora|lyco):[^<>]+>")
 _TAG_IS_TEXT: Final = "`<lora:...>` is text: only with prompt_syntax a1111 it names a LoRA"
 _LEAST_WEIGHT: Final = 1e-5  # of a fragment that is blended: at 0 its counterpart would be infinite
-_STAND_IN: Final = 0  # token in the place of a vector: not that of the end, by which CLIP pools
+_STAND_IN: Final = 0  # token in the place of a vector; that of the end tells CLIP where to pool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -103,9 +103,7 @@ def read_prompts(
 
     read = ReadPrompts(encoders, [layer for _, layer in prompts.values()], [], [])
     for path, (text, _) in prompts.items():
-        parsed = parse(text, request.prompt_syntax)
-        if parsed.loras:  # they would be ignored here: what resolves them also removes them
-            raise invalid(path, text, "Expected no LoRA tags, or a worker that resolves them")
+        parsed = parse_without_loras(path, text, request.prompt_syntax)
         plan = [[encoder.plan(section) for section in parsed.sections] for encoder in encoders]
         receipt = PromptReceipt(
             tokens=sum(section.tokens for section in plan[0]),
@@ -149,6 +147,14 @@ def encode(
             for first, *_ in encoders[0].ids.values()
         ),
     )
+
+
+def parse_without_loras(path: str, text: str, syntax: PromptSyntax) -> ParsedPrompt:
+    """Parse a prompt; raise `InvalidRequest` for LoRA tags, which would be ignored from here on."""
+    parsed = parse(text, syntax)
+    if parsed.loras:  # what resolves them also removes them
+        raise invalid(path, text, "Expected no LoRA tags, or a worker that resolves them")
+    return parsed
 
 
 def warnings_of(text: str, syntax: PromptSyntax) -> tuple[str, ...]:

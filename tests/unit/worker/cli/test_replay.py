@@ -355,7 +355,7 @@ def test_an_image_decoded_in_tiles_is_decoded_in_tiles_again(
     draw: DrawJob, again: Replays, model: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles are a cause if such an image drifts, and if they are new. They end with the image."""
-    decode = model._decode_whole
+    decode = model.vae._decode_whole
 
     def fail_as_a_whole(*arguments: Any, **options: Any) -> Any:
         if not model.pipeline.vae.use_tiling:
@@ -364,7 +364,7 @@ def test_an_image_decoded_in_tiles_is_decoded_in_tiles_again(
 
     (whole,) = draw()
     with monkeypatch.context() as patched:
-        patched.setattr(model, "_decode_whole", fail_as_a_whole)
+        patched.setattr(model.vae, "_decode_whole", fail_as_a_whole)
         (path,) = draw(job_id="tiled")
         tiled_now = again(whole)
 
@@ -393,7 +393,7 @@ def test_an_image_that_started_from_another_is_drawn_again(
     fields: dict[str, Any] = {"seed": 7, "num_inference_steps": 3, "mask_blur": 5}
     files = {name: Asset(url=(tmp_path / f"{name}.png").as_uri()) for name in ("start", "mask")}
     request = a_request(**fields, image=files["start"], mask=files["mask"], strength=0.7)
-    decode = model._decode_whole
+    decode = model.vae._decode_whole
 
     def fail_as_a_whole(*arguments: Any, **options: Any) -> Any:
         if not model.pipeline.vae.use_tiling:
@@ -404,7 +404,7 @@ def test_an_image_that_started_from_another_is_drawn_again(
     (larger,) = draw(a_request(seed=9, upscale=Upscale(factor=1.5, strength=1)), job_id="larger")
     (chained,) = draw(a_request(seed=8, image=Asset(url="job:job#0"), strength=1), job_id="next")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(model, "_decode_whole", fail_as_a_whole)
+        patched.setattr(model.vae, "_decode_whole", fail_as_a_whole)
         (tiled,) = draw(request, job_id="tiled")
 
     for image in (path, larger, chained, tiled):

@@ -35,7 +35,7 @@ from support.single_file import original_layout
 from support.tiny_folder import TINY_LORAS, tiny_lora
 from torch import Tensor, nn
 from zlora.errors import BaseNotRestored
-from zlora_worker.lora.merge import Block, MergePool, Plan, WeightedLora
+from zlora_worker.lora.merge import Chunk, MergePool, Plan, WeightedLora
 from zlora_worker.lora.patch import Mode, Patch, choose_mode
 from zlora_worker.lora.reader import Reader
 from zlora_worker.lora.weights import Weights
@@ -566,7 +566,7 @@ def test_no_thread_still_merges_when_a_merge_fails(
 def test_no_thread_still_merges_after_a_signal_during_the_wait_for_it() -> None:
     pool, begun, gate, merged = MergePool(), threading.Event(), threading.Event(), list[int]()
 
-    def merge(_block: Block, thread: int) -> None:
+    def merge(_chunk: Chunk, thread: int) -> None:
         if thread == 0:
             assert begun.wait(30)
             return
@@ -582,7 +582,7 @@ def test_no_thread_still_merges_after_a_signal_during_the_wait_for_it() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
         with pytest.raises(Interrupted):
-            pool.merge(2, blocks(2), merge)
+            pool.merge(2, chunks(2), merge)
         run_to_completion(pool.stop)
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -590,8 +590,8 @@ def test_no_thread_still_merges_after_a_signal_during_the_wait_for_it() -> None:
     assert merged == [1]
 
 
-def blocks(count: int) -> list[Block]:
-    return [Block(stack=0, first=0, last=1, top=index, bottom=index + 1) for index in range(count)]
+def chunks(count: int) -> list[Chunk]:
+    return [Chunk(stack=0, first=0, last=1, top=index, bottom=index + 1) for index in range(count)]
 
 
 # The exception of a signal during garbage collection is lost, as in a worker.

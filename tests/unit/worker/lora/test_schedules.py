@@ -15,8 +15,9 @@ from torch import Tensor
 from zlora.schema import weight_at
 from zlora_worker.lora.merge import Plan, WeightedLora
 from zlora_worker.lora.patch import Patch
-from zlora_worker.model.pipeline import Pipeline, rgb
+from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.model.schedulers import scheduler_for
+from zlora_worker.model.vae import rgb
 
 STEPS: Final = 4
 HALF: Final = ((0.0, 0.0), (0.2, 1.0), (0.7, 0.0))  # as `start` 0.2 and `end` 0.7
@@ -62,10 +63,10 @@ def drawn_by_hand(model: Pipeline, loras: Sequence[WeightedLora]) -> bytes:
     assert text.negative is not None
     assert text.pooled is not None
     assert text.negative_pooled is not None
-    scheduler = scheduler_for(model._scheduler, request, seed=7)
+    scheduler = scheduler_for(model.base.scheduler, request, seed=7)
     scheduler.set_timesteps(STEPS, device=model.device)
     width, height = model.size(request)
-    latents = model._noise(width, height, [torch.Generator().manual_seed(7)])
+    latents = model.denoising._noise(width, height, [torch.Generator().manual_seed(7)])
     latents = latents * scheduler.init_noise_sigma
     sizes = torch.tensor([[height, width, 0, 0, height, width]] * 2, device=model.device)
     added = {"text_embeds": torch.cat([text.negative_pooled, text.pooled]), "time_ids": sizes}

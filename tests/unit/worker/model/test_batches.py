@@ -78,7 +78,7 @@ def test_images_are_decoded_one_at_a_time_and_if_one_is_too_large_all_in_tiles(
     model: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a batch needs no more memory in the VAE, and one word says how all were decoded."""
-    whole, decode, shapes = rows(model, 1, 2), model._decode_whole, list[tuple[int, ...]]()
+    whole, decode, shapes = rows(model, 1, 2), model.vae._decode_whole, list[tuple[int, ...]]()
 
     def small(latents: torch.Tensor, **options: Any) -> Any:
         shapes.append(tuple(latents.shape))
@@ -86,7 +86,7 @@ def test_images_are_decoded_one_at_a_time_and_if_one_is_too_large_all_in_tiles(
             raise FAULT
         return decode(latents, **options)
 
-    monkeypatch.setattr(model, "_decode_whole", small)
+    monkeypatch.setattr(model.vae, "_decode_whole", small)
     tiled = rows(model, 1, 2)
 
     assert model.tiled

@@ -18,6 +18,7 @@ from support.tiny_folder import TINY_LORAS, tiny_lora, tiny_zimage
 from torch._dynamo.utils import counters
 from zlora.errors import InvalidSetting, ModelUnavailable
 from zlora_worker.lora.merge import WeightedLora
+from zlora_worker.model.family import Family
 from zlora_worker.model.pipeline import Pipeline
 
 # PyTorch's compiler warns about its own modules.
@@ -125,7 +126,7 @@ def test_no_size_prompt_or_guidance_of_z_image_compiles_anything(
     name = str(tiny_zimage(model_home))
     plain = load_pipeline(model_home, ZLORA_MODEL=name)
     torch._dynamo.reset()
-    monkeypatch.setattr(Pipeline, "_native_side", 128)  # 1024 takes seconds on a CPU
+    monkeypatch.setattr(Family, "side_of", lambda *_: 128)  # 1024 takes seconds on a CPU
     with torch.compiler.set_stance(force_backend="eager"):
         compiled = load_pipeline(model_home, ZLORA_MODEL=name, ZLORA_COMPILE=mode)
         compiled.warm_up()

@@ -15,8 +15,9 @@ from support.tiny_folder import tiny_lora
 from tokenizers.normalizers import Lowercase
 from zlora.errors import BaseNotRestored, GenerationFailed
 from zlora_worker.lora.merge import WeightedLora
-from zlora_worker.model.pipeline import Pipeline, PipelineState, rgb
+from zlora_worker.model.pipeline import Pipeline, PipelineState
 from zlora_worker.model.schedulers import scheduler_for
+from zlora_worker.model.vae import rgb
 
 # One of each way to step; all others are in test_schedulers.py.
 SCHEDULERS: Final = (
@@ -148,7 +149,7 @@ def test_a_seed_means_the_same_initial_noise_in_every_dtype(model_home: Path, dt
     """Noise is drawn in fp32 on the CPU and cast: it depends on no type and device of the model."""
     model = load_pipeline(model_home, ZLORA_DTYPE=dtype)
 
-    noise = model._noise(64, 128, [torch.Generator("cpu").manual_seed(11)])
+    noise = model.denoising._noise(64, 128, [torch.Generator("cpu").manual_seed(11)])
 
     expected = torch.randn(
         (1, 4, 16, 8), generator=torch.Generator("cpu").manual_seed(11), dtype=torch.float32

@@ -17,7 +17,7 @@ from zlora_worker.model.schedulers import scheduler_for, scheduler_name
 GUIDANCE: Final = 1.0  # none, which is faster
 STEPS: Final = 5  # of fewer, a third-order solver takes none of the third order
 SEED: Final = 7
-NAMES: Final = [name for name, entry in SCHEDULERS.items() if entry.family == "diffusion"]
+NAMES: Final = [name for name, entry in SCHEDULERS.items() if entry.formulation == "diffusion"]
 TIMESTEPS: Final = (999, 700, 400, 200, 100)
 SIGMAS: Final = (14.0, 6.0, 3.0, 1.0, 0.5)
 # Fields of a request, and arguments of diffusers' pipeline.
@@ -49,7 +49,7 @@ def direct(model: Pipeline, class_name: str, options: Mapping[str, Any], **argum
     """Draw with diffusers alone, whose scheduler begins with the configuration of the model."""
     pipeline = model.pipeline
     pipeline.scheduler = getattr(diffusers, class_name).from_config(
-        model._scheduler.config, **options
+        model.base.scheduler.config, **options
     )
     generator = torch.Generator("cpu").manual_seed(SEED)
     noise = torch.randn((1, 4, 8, 8), generator=generator)
@@ -131,7 +131,7 @@ def test_each_schedule_is_that_of_diffusers_and_has_other_levels(
     model: Pipeline, name: str
 ) -> None:
     """Schedulers of one class and configuration draw the same."""
-    base, entry, levels = model._scheduler, SCHEDULERS[name], set()
+    base, entry, levels = model.base.scheduler, SCHEDULERS[name], set()
     plain = configuration(getattr(diffusers, entry.class_name).from_config(base.config))
     # To make these two takes diffusers 150 ms.
     schedules = entry.schedules[:2] if name.startswith("dpm_2") else entry.schedules
@@ -181,7 +181,7 @@ UNKNOWN: Final = diffusers.DDPMParallelScheduler()
 def test_a_scheduler_of_another_family_is_refused_with_both_names(
     model: Pipeline, name: str
 ) -> None:
-    found = refusal(model._scheduler, scheduler=name)
+    found = refusal(model.base.scheduler, scheduler=name)
 
     choice = find_scheduler(name)
     assert choice is not None

@@ -75,7 +75,7 @@ def by_diffusers(model: Pipeline, *, start: StartingImage | None = None, **field
     request = a_request(**{key: value for key, value in fields.items() if key != "clip_skip"})
     generator = torch.Generator().manual_seed(7)
     cls: Any = StableDiffusionPipeline
-    options: dict[str, Any] = {"latents": model._noise(*model.size(request), [generator])}
+    options: dict[str, Any] = {"latents": model.denoising._noise(*model.size(request), [generator])}
     if start is not None:
         cls, generator = StableDiffusionImg2ImgPipeline, torch.Generator().manual_seed(7)
         options = {"image": start.image, "strength": request.image_strength}
@@ -86,7 +86,7 @@ def by_diffusers(model: Pipeline, *, start: StartingImage | None = None, **field
     else:
         options |= dict(zip(("width", "height"), model.size(request), strict=True))
     parts = model.pipeline.components | {
-        "scheduler": scheduler_for(model._scheduler, request, seed=7)
+        "scheduler": scheduler_for(model.base.scheduler, request, seed=7)
     }
     drawing = cls(**parts, requires_safety_checker=False)
     drawing.set_progress_bar_config(disable=True)
@@ -166,7 +166,9 @@ def test_a_second_pass_is_that_of_diffusers(
     (first,) = sd15.draw(request, [7], lambda _step: None)
     if mode == "latent":
         text = sd15.encode(request)
-        latents = sd15._pass(request, [7], lambda _step: None, text=text, output_type="latent")
+        latents = sd15.denoising._pass(
+            request, [7], lambda _step: None, text=text, output_type="latent"
+        )
         enlarged: Any = interpolate(latents, (14, 12), mode="bilinear")
     else:
         enlarged = first.resize((96, 112), Image.Resampling.LANCZOS)
@@ -205,7 +207,7 @@ def test_jobs_do_not_change_the_scheduler_of_the_next_job(model_home: Path, tmp_
         draw(model, start=start, **fields, num_inference_steps=4)
 
     assert pixels(model, num_inference_steps=4) == before
-    assert model._scheduler.config.skip_prk_steps is False
+    assert model.base.scheduler.config.skip_prk_steps is False
 
 
 # --- half precision

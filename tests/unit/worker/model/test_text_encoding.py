@@ -13,9 +13,10 @@ from torch import Tensor
 from zlora.errors import InvalidRequest
 from zlora.prompt_syntax import MAX_WINDOWS, Fragment, PromptSyntax, parse
 from zlora.schema import PromptReceipt, parse_request
-from zlora_worker.model.pipeline import Pipeline, rgb
+from zlora_worker.model.pipeline import Pipeline
 from zlora_worker.model.schedulers import scheduler_for
 from zlora_worker.model.text_encoding import Embedding, EncodedText
+from zlora_worker.model.vae import rgb
 
 ENCODERS: Final = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 WORDS: Final = "a beautiful, anime portrait of the city at night. neon lights; unknown 漢字 é 🎨"
@@ -150,10 +151,10 @@ def test_1000_generated_prompts_are_read_or_refused(text_of: Encode) -> None:
 def drawn_by_diffusers(model: Pipeline, seed: int, **fields: Any) -> bytes:
     """Draw with diffusers' own encoding of the prompts, from the same noise."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    model.pipeline.scheduler = scheduler_for(model._scheduler, a_request(), seed=seed)
+    model.pipeline.scheduler = scheduler_for(model.base.scheduler, a_request(), seed=seed)
     output = model.pipeline(
         num_inference_steps=1,
-        latents=model._noise(*model.size(a_request()), [generator]),
+        latents=model.denoising._noise(*model.size(a_request()), [generator]),
         output_type="pt",
         **{"prompt": "a city at night", "guidance_scale": 7.5} | fields,
     )

@@ -54,7 +54,7 @@ def draw(
 
 def by_diffusers(model: Pipeline, cls: Any = ZImagePipeline, **options: Any) -> Tensor:
     """Draw with a pipeline of diffusers over the components in memory, from the same seed."""
-    drawing = cls(**model.pipeline.components | {"scheduler": model._scheduler})
+    drawing = cls(**model.pipeline.components | {"scheduler": model.base.scheduler})
     drawing.set_progress_bar_config(disable=True)
     defaults = {"prompt": "a city at night", "num_inference_steps": 3, "guidance_scale": 0.0}
     generator = torch.Generator().manual_seed(7)
@@ -173,7 +173,7 @@ def test_a_seed_is_the_same_noise_whatever_the_data_type(model_home: Path) -> No
 
     (image,) = draw(model, num_inference_steps=3, **SIZE)
 
-    assert model._noise(64, 80, [torch.Generator().manual_seed(7)]).dtype is torch.float32
+    assert model.denoising._noise(64, 80, [torch.Generator().manual_seed(7)]).dtype is torch.float32
     assert model.machine.dtype == "bfloat16"
     assert len(set(image.tobytes())) > 50
 
