@@ -313,6 +313,7 @@ def test_a_setting_has_the_values_of_the_docs(http: httpx.Client, worker: Inline
         ("txt2img", {"cfg_scale": 51}, ["cfg_scale"]),
         ("txt2img", {"batch_size": 3, "n_iter": 3}, ["n_iter"]),
         ("txt2img", {"batch_size": 0}, ["batch_size"]),
+        ("txt2img", {"batch_size": 9}, ["batch_size"]),
         ("txt2img", {"seed": -2}, ["seed"]),
         ("txt2img", {"prompt": "a AND b"}, ["prompt"]),
         ("txt2img", {"prompt": ["a"]}, ["prompt"]),
