@@ -369,7 +369,14 @@ FAL: Final = Api(
             answer=_DOCUMENT,
             max_body=MAX_IMAGE_BODY,
         ),
-        Endpoint("GET", f"{_REQUEST}/status", get_status, query=StatusOptions, answer=_DOCUMENT),
+        Endpoint(
+            "GET",
+            f"{_REQUEST}/status",
+            get_status,
+            query=StatusOptions,
+            answer=_DOCUMENT,
+            statuses=(HTTPStatus.OK, HTTPStatus.ACCEPTED),
+        ),
         Endpoint(
             "GET",
             f"{_REQUEST}/status/stream",
@@ -378,7 +385,13 @@ FAL: Final = Api(
             media_type=events.MEDIA_TYPE,
         ),
         Endpoint("GET", _REQUEST, get_result, answer=_DOCUMENT),
-        Endpoint("PUT", f"{_REQUEST}/cancel", cancel, answer=_DOCUMENT),
+        Endpoint(
+            "PUT",
+            f"{_REQUEST}/cancel",
+            cancel,
+            answer=_DOCUMENT,
+            statuses=(HTTPStatus.ACCEPTED,),
+        ),
         Endpoint(
             "POST",
             "/fal/queue/{app:path}",
