@@ -265,9 +265,8 @@ async def _progress(call: Call, handle: AsyncJobHandle) -> AsyncGenerator[bytes,
     async def document_of(status: JobStatus) -> dict[str, Any]:
         if has_ended(status):
             return await _answer(call, await handle.result(timeout=0))
-        share = (status.step or 0) / status.steps if status.steps else 0.0
         images = [{"url": status.preview}] if status.preview else []
-        found = {"request_id": handle.id, "progress": share, "images": images}
+        found = {"request_id": handle.id, "progress": status.drawn_share, "images": images}
         return found | {"log": _shown(status)}
 
     try:

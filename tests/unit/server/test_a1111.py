@@ -531,6 +531,28 @@ def test_a_running_job_has_progress_until_it_is_interrupted(
     webui.util_wait_for_ready()
 
 
+def test_progress_does_not_go_back_while_images_are_uploaded(
+    webui: WebUIApi, worker: InlineWorker, http: httpx.Client
+) -> None:
+    go_on = threading.Event()
+
+    def draw(_job: Job, progress: Progress) -> None:
+        progress(Phase.UPLOAD, 0, 1)
+        wait_until(go_on.is_set, "the job may go on")
+
+    def look() -> float:
+        with ThreadPoolExecutor(1) as pool:
+            drawn = pool.submit(http.post, "txt2img", json={"prompt": "a cat"})
+            wait_until(lambda: webui.get_progress()["textinfo"] == "uploading", "it is drawn")
+            found: float = webui.get_progress()["progress"]
+            go_on.set()
+            assert drawn.result().status_code == 200
+        return found
+
+    worker.draw = draw
+    assert while_working(worker, look) == 1
+
+
 def test_a_waiting_job_is_skipped_by_its_own_tenant_only(
     http: httpx.Client,
     server: str,
