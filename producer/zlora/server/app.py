@@ -33,7 +33,7 @@ from zlora.server.job_owners import JobOwners
 from zlora.server.native import NATIVE
 from zlora.server.open_requests import OpenRequest, OpenRequests
 from zlora.server.openai_images import OPENAI
-from zlora.server.problems import HeadersTooLarge
+from zlora.server.problems import HeadersTooLarge, NotHttp
 from zlora.server.rate_limits import RateLimits
 from zlora.server.service import Caller, Service
 from zlora.server.settings import ServerSettings, is_local_name
@@ -194,7 +194,7 @@ class _Entry:
 
 
 class _Headers:
-    """Bounds the headers of requests, and adds headers to answers that do not have their own."""
+    """Checks the headers of requests, and adds headers to answers that do not have their own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -214,8 +214,16 @@ class _Headers:
             await send(message)
 
         app = self._app
-        if scope["type"] == "http" and _head_size(scope) > MAX_HEAD:
-            app = problems.answer(HeadersTooLarge(f"the headers have more than {MAX_HEAD} bytes"))
+        if scope["type"] == "http":
+            names = {name for name, _ in scope["headers"]}
+            if _head_size(scope) > MAX_HEAD:
+                message = f"the headers have more than {MAX_HEAD} bytes"
+                app = problems.answer(HeadersTooLarge(message))
+            elif {b"content-length", b"transfer-encoding"} <= names:
+                # A proxy may believe the other one, and see the next request elsewhere.
+                refusal = problems.answer(NotHttp("expected one length of the body"))
+                refusal.headers["Connection"] = "close"
+                app = refusal
         await app(scope, receive, send_with_headers)
 
 
