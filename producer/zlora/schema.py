@@ -769,6 +769,13 @@ class JobStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     preview: str | None = None
     """The image that is being drawn, as a small JPEG in a data URI, for `previews`."""
 
+    @property
+    def drawn_share(self) -> float:
+        """Share of the denoising steps that are done, from 0 to 1."""
+        if self.phase == Phase.UPLOAD.progress_name:  # after the last step
+            return 1.0
+        return (self.step or 0) / self.steps if self.steps else 0.0
+
 
 class Cancellation(StrEnum):
     """Place of a job when it was cancelled; a finished job stays finished."""

@@ -170,6 +170,9 @@ def test_two_loras_are_drawn_and_one_is_left_out_beside_it(
 
     page.get_by_role("button", name="Again").click()
     expect(page.get_by_text("The same pixels, to the last bit.")).to_be_visible()
+    pictures = page.get_by_role("figure").get_by_role("img").all()
+    tops = [picture.evaluate("image => image.getBoundingClientRect().top") for picture in pictures]
+    assert (len(tops), len(set(tops))) == (2, 1)  # side by side, whatever is below them
 
 
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
@@ -347,6 +350,20 @@ def test_a_job_that_nobody_has_leaves_no_other_on_the_stage(visit: Open, url: st
     expect(page.get_by_role("alert")).to_be_visible()
     expect(page.get_by_role("figure")).to_be_hidden()
     expect(page.get_by_role("complementary", name="Receipt")).to_be_hidden()
+
+
+def test_a_job_that_is_chosen_is_in_view(visit: Open, url: str) -> None:
+    """On a phone the form is above the picture, and recent jobs are below."""
+    first, second = (drawn(url, {**SMALL, "prompt": prompt}) for prompt in ("a cup", "a ball"))
+    page = visit(f"{url}#/jobs/{first}", width=360)
+    picture = page.get_by_role("figure").get_by_role("img")
+    expect(picture).to_have_attribute("alt", "a cup")
+    expect(picture).to_be_in_viewport(ratio=1)
+
+    page.locator(f'[data-job="{second}"]').click()
+
+    expect(picture).to_have_attribute("alt", "a ball")
+    expect(picture).to_be_in_viewport(ratio=1)
 
 
 def test_a_seed_and_the_defaults_are_shown_in_full(visit: Open, url: str) -> None:

@@ -100,21 +100,20 @@ async def get_progress(call: Call) -> Response:
     job_id, status = next(
         iter({**running, **jobs}.items()), ("", JobStatus(state=JobState.PENDING))
     )
-    step, steps = status.step or 0, status.steps or 0
     preview = "" if options.skip_current_image else status.preview or ""
     state = {
         "job": job_id,
         "job_count": len(jobs),
         "job_no": 0,
         "job_timestamp": _timestamp(time.time()) if jobs else "0",
-        "sampling_step": step,
-        "sampling_steps": steps,
+        "sampling_step": status.step or 0,
+        "sampling_steps": status.steps or 0,
         "skipped": False,
         "interrupted": False,
         "stopping_generation": False,
     }
     document = {
-        "progress": max(step / steps if steps else 0, _LEAST_PROGRESS) if jobs else 0.0,
+        "progress": max(status.drawn_share, _LEAST_PROGRESS) if jobs else 0.0,
         "eta_relative": status.eta or 0.0,
         "state": state,
         "current_image": preview.partition(",")[2] or None,

@@ -16,7 +16,7 @@ from zlora.lora.base_model import last_layer
 from zlora.queue_info import QueueInfo
 from zlora.redaction import field_name
 from zlora.schedulers import SCHEDULE_TYPES, find_schedule, find_scheduler
-from zlora.schema import MAX_STEPS, BatchSize, invalid
+from zlora.schema import MAX_IMAGES, MAX_STEPS, BatchSize, invalid
 
 AUTOMATIC: Final = "automatic"  # schedule type: that of the sampler
 MODEL: Final = "sd_model_checkpoint"
@@ -264,8 +264,8 @@ def _require_inpainting(fields: Img2Img) -> None:
 
 def _image_count(fields: Fields) -> int:
     for name in ("batch_size", "n_iter"):
-        if (count := getattr(fields, name)) < 1:
-            raise invalid(f"$.{name}", count, "Expected at least 1")
+        if not 1 <= (count := getattr(fields, name)) <= MAX_IMAGES:
+            raise invalid(f"$.{name}", count, f"Expected a number from 1 to {MAX_IMAGES}")
     return fields.batch_size * fields.n_iter
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
 from typing import Any, Final, NamedTuple, TypeVar, get_origin
 
 import msgspec
@@ -193,8 +194,11 @@ class Endpoint(NamedTuple):
     takes: str = ""
     """Media type of a body that is not JSON."""
     answer: Any = None
-    """Type of the JSON answer; None for another media type."""
-    status: int = 200
+    """Type of the JSON answer; None for any document, or another media type."""
+    statuses: tuple[int, ...] = (HTTPStatus.OK,)
+    """Statuses of answers that are no error; those above 202 have no body."""
+    headers: tuple[str, ...] = ()
+    """Headers of the request that have a meaning only here."""
     media_type: str = "application/json"
     is_public: bool = False
     """True if no API key is needed."""

@@ -246,9 +246,8 @@ async def _progress(call: Call, handle: AsyncJobHandle) -> AsyncGenerator[bytes,
     async def document_of(status: JobStatus) -> dict[str, Any]:
         if has_ended(status):
             return await _answer(call, await handle.result(timeout=0))
-        share = (status.step or 0) / status.steps if status.steps else 0.0
         images = [{"url": status.preview}] if status.preview else []
-        found = {"request_id": handle.id, "progress": share, "images": images}
+        found = {"request_id": handle.id, "progress": status.drawn_share, "images": images}
         return found | {"log": _shown(status)}
 
     try:
@@ -350,7 +349,14 @@ FAL: Final = Api(
             answer=_DOCUMENT,
             max_body=MAX_IMAGE_BODY,
         ),
-        Endpoint("GET", f"{_REQUEST}/status", get_status, query=StatusOptions, answer=_DOCUMENT),
+        Endpoint(
+            "GET",
+            f"{_REQUEST}/status",
+            get_status,
+            query=StatusOptions,
+            answer=_DOCUMENT,
+            statuses=(HTTPStatus.OK, HTTPStatus.ACCEPTED),
+        ),
         Endpoint(
             "GET",
             f"{_REQUEST}/status/stream",
@@ -359,7 +365,13 @@ FAL: Final = Api(
             media_type=events.MEDIA_TYPE,
         ),
         Endpoint("GET", _REQUEST, get_result, answer=_DOCUMENT),
-        Endpoint("PUT", f"{_REQUEST}/cancel", cancel, answer=_DOCUMENT),
+        Endpoint(
+            "PUT",
+            f"{_REQUEST}/cancel",
+            cancel,
+            answer=_DOCUMENT,
+            statuses=(HTTPStatus.ACCEPTED,),
+        ),
         Endpoint(
             "POST",
             "/fal/queue/{app:path}",

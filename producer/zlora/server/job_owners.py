@@ -31,7 +31,8 @@ Label = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,40}\Z")]
 _RESERVE: Final = """
 local owner = redis.call('GET', KEYS[1])
 if owner and redis.call('EXISTS', ARGV[6] .. ARGV[1]) == 1 then return owner end
-local now = tonumber(redis.call('TIME')[1])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1e6  -- jobs of the same second are listed in order, too
 local most = tonumber(ARGV[3])
 local is_open = redis.call('ZSCORE', KEYS[3], ARGV[1])  -- reserved before, and never queued
 if most > 0 and not is_open and redis.call('ZCARD', KEYS[3]) >= most then

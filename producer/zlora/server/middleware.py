@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zlora.server import problems
-from zlora.server.problems import Forbidden, HeadersTooLarge
+from zlora.server.problems import Forbidden, HeadersTooLarge, NotHttp
 from zlora.server.settings import is_local_name
 
 MAX_HEAD: Final = 16_384  # bytes of the address and all headers of a request
@@ -19,7 +19,7 @@ _HEADERS: Final = {
 
 
 class Headers:
-    """Bounds the headers of requests, and adds headers to answers that do not have their own."""
+    """Checks the headers of requests, and adds headers to answers that do not have their own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -39,8 +39,16 @@ class Headers:
             await send(message)
 
         app = self._app
-        if scope["type"] == "http" and _head_size(scope) > MAX_HEAD:
-            app = problems.answer(HeadersTooLarge(f"the headers have more than {MAX_HEAD} bytes"))
+        if scope["type"] == "http":
+            names = {name for name, _ in scope["headers"]}
+            if _head_size(scope) > MAX_HEAD:
+                message = f"the headers have more than {MAX_HEAD} bytes"
+                app = problems.answer(HeadersTooLarge(message))
+            elif {b"content-length", b"transfer-encoding"} <= names:
+                # A proxy may believe the other one, and see the next request elsewhere.
+                refusal = problems.answer(NotHttp("expected one length of the body"))
+                refusal.headers["Connection"] = "close"
+                app = refusal
         await app(scope, receive, send_with_headers)
 
 

@@ -361,11 +361,19 @@ NATIVE: Final = Api(
             query=SubmitOptions,
             body=GenerateRequest,
             answer=Job,
-            status=HTTPStatus.ACCEPTED,
+            statuses=(HTTPStatus.OK, HTTPStatus.ACCEPTED),
+            headers=("Idempotency-Key",),
         ),
         Endpoint("GET", "/v1/jobs", list_jobs, query=ListOptions, answer=Jobs),
         Endpoint("GET", "/v1/jobs/{job_id}", get_job, query=WaitOptions, answer=Job),
-        Endpoint("GET", "/v1/jobs/{job_id}/events", get_events, media_type=events.MEDIA_TYPE),
+        Endpoint(
+            "GET",
+            "/v1/jobs/{job_id}/events",
+            get_events,
+            statuses=(HTTPStatus.OK, HTTPStatus.NO_CONTENT),
+            headers=("Last-Event-ID",),
+            media_type=events.MEDIA_TYPE,
+        ),
         Endpoint(
             "GET", "/v1/jobs/{job_id}/result", get_result, query=WaitOptions, answer=GenerateResult
         ),
@@ -374,6 +382,11 @@ NATIVE: Final = Api(
             "/v1/jobs/{job_id}/images/{index}",
             get_image,
             query=ImageOptions,
+            statuses=(
+                HTTPStatus.OK,
+                HTTPStatus.NOT_MODIFIED,
+                HTTPStatus.TEMPORARY_REDIRECT,
+            ),
             media_type="image/*",
         ),
         Endpoint("POST", "/v1/jobs/{job_id}/cancel", cancel, answer=Cancelled),

@@ -3,23 +3,26 @@
 import inspect
 import re
 from collections.abc import Sequence
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any, Final
 
 from msgspec import structs
 
 from zlora.json_schema import schemas_of
+from zlora.server import problems
 from zlora.server.endpoint import Api, Endpoint
 from zlora.server.problems import Problem
 
 _NATIVE: Final = "v1"  # operations of this API have no prefix
 _REFERENCE: Final = "#/components/schemas/{name}"
+_TEXT: Final = {"type": "string"}
 _IN_PATH: Final = re.compile(r"\{(\w+)(?::path)?\}")
 
 
 def document_of(apis: Sequence[Api]) -> dict[str, Any]:
     """Return the document of these APIs."""
-    endpoints = [(api.name, endpoint) for api in apis for endpoint in api.endpoints]
+    endpoints = [(api, endpoint) for api in apis for endpoint in api.endpoints]
     kinds = [Problem]
     for _, endpoint in endpoints:
         kinds += [kind for kind in (endpoint.body, endpoint.answer) if kind is not None]
@@ -45,13 +48,17 @@ def document_of(apis: Sequence[Api]) -> dict[str, Any]:
     }
 
 
-def _operation(api: str, endpoint: Endpoint, by_kind: dict[Any, Any]) -> dict[str, Any]:
+def _operation(api: Api, endpoint: Endpoint, by_kind: dict[Any, Any]) -> dict[str, Any]:
     summary, _, description = inspect.cleandoc(endpoint.handler.__doc__ or "").partition("\n\n")
     name = endpoint.handler.__name__
     found: dict[str, Any] = {
-        "operationId": name if api == _NATIVE else f"{api}_{name}",
+        "operationId": name if api.name == _NATIVE else f"{api.name}_{name}",
         "summary": summary.replace("\n", " "),
-        "parameters": [*_in_path(endpoint.path), *_in_query(endpoint)],
+        "parameters": [
+            *_in_path(endpoint.path),
+            *_in_query(endpoint),
+            *({"name": name, "in": "header", "schema": _TEXT} for name in endpoint.headers),
+        ],
     }
     if description:
         found["description"] = description
@@ -64,23 +71,25 @@ def _operation(api: str, endpoint: Endpoint, by_kind: dict[Any, Any]) -> dict[st
         content[endpoint.takes] = {}
     if content:
         found["requestBody"] = {"required": True, "content": content}
-    schema = by_kind[endpoint.answer] if endpoint.answer is not None else {"type": "string"}
-    found["responses"] = {
-        str(int(endpoint.status)): {
-            "description": "Success",
-            "content": {endpoint.media_type: {"schema": schema}},
-        },
-        "default": {
-            "description": "Error",
-            "content": {"application/problem+json": {"schema": by_kind[Problem]}},
-        },
-    }
+    schema = _TEXT if endpoint.media_type.startswith("text/") else {}
+    if endpoint.answer is not None:
+        schema = by_kind[endpoint.answer]
+    answers: dict[str, Any] = {}
+    for status in endpoint.statuses:
+        answers[str(int(status))] = {"description": HTTPStatus(status).phrase}
+        if status <= HTTPStatus.ACCEPTED:
+            answers[str(int(status))]["content"] = {endpoint.media_type: {"schema": schema}}
+    # Other APIs have errors in forms of their own.
+    error: dict[str, Any] = {"application/json": {}}
+    if api.error is problems.answer:
+        error = {"application/problem+json": {"schema": by_kind[Problem]}}
+    found["responses"] = answers | {"default": {"description": "Error", "content": error}}
     return found
 
 
 def _in_path(path: str) -> list[dict[str, Any]]:
     return [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        {"name": name, "in": "path", "required": True, "schema": _TEXT}
         for name in _IN_PATH.findall(path)
     ]
 

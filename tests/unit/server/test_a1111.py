@@ -313,6 +313,7 @@ def test_a_setting_has_the_values_of_the_docs(http: httpx.Client, worker: Inline
         ("txt2img", {"cfg_scale": 51}, ["cfg_scale"]),
         ("txt2img", {"batch_size": 3, "n_iter": 3}, ["n_iter"]),
         ("txt2img", {"batch_size": 0}, ["batch_size"]),
+        ("txt2img", {"batch_size": 9}, ["batch_size"]),
         ("txt2img", {"seed": -2}, ["seed"]),
         ("txt2img", {"prompt": "a AND b"}, ["prompt"]),
         ("txt2img", {"prompt": ["a"]}, ["prompt"]),
@@ -528,6 +529,28 @@ def test_a_running_job_has_progress_until_it_is_interrupted(
     assert slow.json()["error"] == "JobRevoked"
     assert fast.status_code == 200
     webui.util_wait_for_ready()
+
+
+def test_progress_does_not_go_back_while_images_are_uploaded(
+    webui: WebUIApi, worker: InlineWorker, http: httpx.Client
+) -> None:
+    go_on = threading.Event()
+
+    def draw(_job: Job, progress: Progress) -> None:
+        progress(Phase.UPLOAD, 0, 1)
+        wait_until(go_on.is_set, "the job may go on")
+
+    def look() -> float:
+        with ThreadPoolExecutor(1) as pool:
+            drawn = pool.submit(http.post, "txt2img", json={"prompt": "a cat"})
+            wait_until(lambda: webui.get_progress()["textinfo"] == "uploading", "it is drawn")
+            found: float = webui.get_progress()["progress"]
+            go_on.set()
+            assert drawn.result().status_code == 200
+        return found
+
+    worker.draw = draw
+    assert while_working(worker, look) == 1
 
 
 def test_a_waiting_job_is_skipped_by_its_own_tenant_only(

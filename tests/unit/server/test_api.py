@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 import httpx
 import msgspec
 import pytest
+from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 from support.http_door import code_of
 from support.http_server import Server, running, write_keys
@@ -154,9 +155,8 @@ def test_lists_have_pages_and_labels(place: Place) -> None:
         cursor = page["cursor"]
     even = client.get("/v1/jobs", params={"label": [f"batch={mark}", "even=True"]}).json()["jobs"]
 
-    assert sorted(found) == sorted(ids)
-    assert len(found) == 5
-    assert {job["id"] for job in even} == {ids[0], ids[2], ids[4]}
+    assert found == ids[::-1]
+    assert [job["id"] for job in even] == [ids[4], ids[2], ids[0]]
     assert place.clients["one"].get("/v1/jobs", params={"label": f"batch={mark}"}).json() == {
         "jobs": [],
         "cursor": None,
@@ -449,6 +449,60 @@ def test_head_is_get_without_a_body(place: Place) -> None:
     for path in ("/v1/jobs", f"/v1/jobs/{job_id}", f"/v1/jobs/{job_id}/events", "/health/live"):
         head = client.head(path)
         assert (head.status_code, head.content) == (200, b"")
+
+
+def test_answers_are_those_of_the_openapi_document(place: Place) -> None:
+    """The status, the media type and the JSON of answers and errors of each API are in it."""
+    client, job_id = place.clients["one"], place.submit()
+    place.store(job_id, "SUCCESS", succeeded(job_id))
+    linked = place.submit()
+    place.store(linked, "SUCCESS", msgspec.to_builtins(fake_result(linked, parse_request(REQUEST))))
+    job, fal = "/v1/jobs/{job_id}", "/fal/queue/{owner}/{alias}/requests/{job_id}"
+    paths = {"job_id": job_id, "index": "0", "owner": "fal-ai", "alias": "lora"}
+    answered: list[tuple[str, str, dict[str, Any]]] = [
+        ("GET", "/health/ready", {}),
+        ("GET", "/openapi.json", {}),
+        ("GET", "/metrics", {}),
+        ("GET", "/v1/jobs", {}),
+        ("POST", "/v1/jobs", {"json": REQUEST}),
+        ("POST", "/v1/jobs", {"json": {}}),
+        ("GET", job, {}),
+        ("GET", f"{job}/events", {}),
+        ("GET", f"{job}/events", {"headers": {"Last-Event-ID": "end"}}),
+        ("GET", f"{job}/images/{{index}}", {}),
+        ("GET", f"{job}/images/{{index}}", {"headers": {"If-None-Match": "*"}}),
+        ("GET", f"{fal}/status", {}),
+        ("GET", fal, {}),
+        ("PUT", f"{fal}/cancel", {}),
+        ("POST", "/v1/images/generations", {"json": {}}),
+        ("GET", "/sdapi/v1/progress", {}),
+        ("POST", "/sdapi/v1/txt2img", {"json": {"tiling": True}}),
+    ]
+    answers = [
+        (method, path, client.request(method, path.format(**paths), **options))
+        for method, path, options in answered
+    ]
+    headers = {"Idempotency-Key": "once"}
+    once = place.submit(headers=headers)
+    place.store(once, "SUCCESS", succeeded(once))
+    answers.append(("POST", "/v1/jobs", client.post("/v1/jobs", json=REQUEST, headers=headers)))
+    answers.append(("GET", f"{job}/images/{{index}}", client.get(f"/v1/jobs/{linked}/images/0")))
+
+    document = client.get("/openapi.json").json()
+    for method, path, answer in answers:
+        described = document["paths"][path][method.lower()]["responses"]
+        is_error = answer.status_code >= 400
+        found = described["default" if is_error else str(answer.status_code)]
+        media_type = answer.headers.get("Content-Type", "").partition(";")[0]
+        kind = "image/*" if media_type.startswith("image/") else media_type
+        assert bool(answer.content) == ("content" in found), (path, answer.status_code)
+        if answer.content:
+            schema = {**document, **found["content"][kind].get("schema", {})}
+            value = answer.json() if kind.endswith("json") else answer.text
+            Draft202012Validator(schema).validate(value)
+    assert {answer.status_code for *_, answer in answers} == {
+        200, 202, 204, 304, 307, 400, 422,
+    }  # fmt: skip
 
 
 def test_errors_are_counted_from_zero(place: Place) -> None:

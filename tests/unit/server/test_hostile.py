@@ -247,6 +247,19 @@ def test_the_server_lives_after_hostile_requests(door: Door) -> None:
         assert secret not in log
 
 
+def test_a_body_of_two_lengths_ends_the_connection(door: Door) -> None:
+    """Else what a proxy takes for its rest would be a request of its own (RFC 9112, 6.3)."""
+    hidden = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    lengths = b"Content-Length: %d\r\nTransfer-Encoding: chunked" % (5 + len(hidden))
+    with socket.create_connection(("127.0.0.1", door.server.port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\n%b\r\n\r\n" % lengths)
+        connection.sendall(b"0\r\n\r\n" + hidden)
+        answer = b"".join(iter(partial(connection.recv, 65_536), b""))
+
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"HTTP/1.1 200 " not in answer
+
+
 # Small bodies that would take much time or memory
 
 CROWD: Final = 40  # requests at the same time

@@ -13,7 +13,6 @@ import { WrongValue, countWords, offerFields, setUpSweep } from "./sweep.js";
 const LOOK = 2000; // milliseconds between two questions for a worker
 
 let selected = null; // id of the job on the stage
-let drawn = null; // id of a new job, to which the page scrolls once it is on the stage
 let fromForm = null; // id of the job that the form has made as it stands
 let spoken = ""; // what screen readers were told last of the selected job
 
@@ -41,7 +40,7 @@ function showProblem(error) {
 
 const draw = reporting(async (request, labels) => {
   const job = await jobs.submit(request, labels);
-  show(job.id);
+  location.hash = `#/jobs/${job.id}`;
 });
 
 const drawForm = reporting(async () => {
@@ -49,16 +48,11 @@ const drawForm = reporting(async () => {
   try {
     const job = await jobs.submit(form.readForm());
     fromForm = job.id;
-    show(job.id);
+    location.hash = `#/jobs/${job.id}`;
   } finally {
     byId("submit").disabled = false;
   }
 });
-
-function show(id) {
-  drawn = id;
-  location.hash = `#/jobs/${id}`;
-}
 
 /** Show that there is no job to show. */
 function showNoJob() {
@@ -145,15 +139,16 @@ const route = reporting(async () => {
   });
   selected = id;
   spoken = stateOf(job);
-  if (option === "fill" && job.result) {
+  const fills = option === "fill" && job.result;
+  if (fills) {
     history.replaceState(null, "", `#/jobs/${id}`);
     fill(recipeOf(job.result));
   }
   const compared = job.labels?.compared_with;
   if (compared) await jobs.load(compared).catch(() => {}); // it may have expired
   showJob(job);
-  if (id === drawn) byId("stage").scrollIntoView({ block: "start" });
-  drawn = null;
+  // On a phone the form is above the stage, and recent jobs are below.
+  if (!fills) byId("stage").scrollIntoView({ block: "start" });
   showStrip(selected);
   showFailure(job);
   return isOver(job) ? jobs.unfollow() : jobs.follow(id);
