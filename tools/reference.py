@@ -193,6 +193,8 @@ def recipes_page() -> str:
         What the request says counts. If that contradicts the recipe, the receipt has a warning. Two
         LoRAs whose recipes set a field to different values are refused, unless the request has the
         field. With `"recipes": "off"` nothing is set. A LoRA with the weight 0 sets nothing.
+        A recipe whose scheduler the base model is not drawn with, as all of the table on Z-Image,
+        sets nothing either, and the receipt has a warning.
 
         A recipe is known, in this order:
 

@@ -137,7 +137,7 @@ class Child:
             num_inference_steps=silent.steps,
             guidance_scale=silent.guidance,
             limits=self.model.limits,
-            schedulers=tuple(filter(self._has_scheduler, SCHEDULERS)),
+            schedulers=tuple(filter(self.draws_with, SCHEDULERS)),
             timeout=self.job_timeout,
             url_policies=self.urls.policies,
             url_expires_in=self.urls.max_seconds,
@@ -147,7 +147,8 @@ class Child:
             loaded_at=time.time(),
         )
 
-    def _has_scheduler(self, name: str) -> bool:
+    def draws_with(self, name: str) -> bool:
+        """Return whether the resident base model can be drawn with a scheduler."""
         with suppress(InvalidRequest):
             self.model.scheduler_name(GenerateRequest(prompt="", scheduler=name))
             return True

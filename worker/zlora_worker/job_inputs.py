@@ -228,7 +228,7 @@ def _with_nothing_left_out(
 
     Raises `InvalidRequest` if that leaves no step to draw, or if a second pass would be too large.
     """
-    filled = recipes.fill(request, [lora.recipe for lora in loras])
+    filled = recipes.fill(request, [lora.recipe for lora in loras], draws_with=child.draws_with)
     whole = child.model.with_defaults(filled.request)
     require_drawn_steps(whole)
     require_steps_of_loras(whole)

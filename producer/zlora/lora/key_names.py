@@ -103,6 +103,7 @@ _OTHER_FILES: Final = (
     ),
 )
 
+PEFT_PREFIX: Final = "base_model.model."  # of the names of modules
 _PEFT: Final = re.compile(r"\.lora_(?:[AB]|magnitude_vector)\b|^base_model\.model\.")
 # The tool that names tensors so; the first match counts. Only for receipts.
 _FORMATS: Final = (
@@ -240,4 +241,4 @@ def shortened(name: str) -> str:
 
 def normalized(module: str) -> str:
     """Return a module's name for comparisons: dots as underscores, without peft's prefix."""
-    return module.removeprefix("base_model.model.").replace(".", "_")
+    return module.removeprefix(PEFT_PREFIX).replace(".", "_")

@@ -6,7 +6,7 @@ ByteDance/Hyper-SD, stabilityai/sdxl-turbo, tianweiy/DMD2 and h1t/TCD-SDXL-LoRA.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -73,14 +73,14 @@ RECIPES: Final[Mapping[str, Recipe]] = {
 # than the word: a style may be named `lightning` or `hyperrealism` too.
 _PATTERNS: Final = (
     (re.compile(r"dmd2_.*(?:lora|step|sdxl)|sdxl_dmd2?"), "dmd2"),
-    (re.compile(r"tcd_(?:sdxl|lora)|sdxl_tcd"), "tcd"),
+    (re.compile(r"tcd_(?:sdxl|sd15|lora)|sdxl_tcd"), "tcd"),
     (
         re.compile(r"(?:sd_?)?xl_lightning_.*?(?<!\d)([248])_?steps?|lightning_([248])_?steps?"),
         "lightning-{}",
     ),
     (re.compile(r"sdxl_lightning|lightning_sdxl"), "lightning-4"),
-    (re.compile(r"hyper_sd(?:xl)?_.*?(?<!\d)(8|12)_?steps?_cfg"), "hyper-{}-cfg"),
-    (re.compile(r"hyper_sd(?:xl)?_.*?(?<!\d)([1248])_?steps?"), "hyper-{}"),
+    (re.compile(r"hyper_sd(?:xl|15)?_.*?(?<!\d)(8|12)_?steps?_cfg"), "hyper-{}-cfg"),
+    (re.compile(r"hyper_sd(?:xl|15)?_.*?(?<!\d)([1248])_?steps?"), "hyper-{}"),
     (re.compile(r"sd_?xl_turbo|turbo_sd_?xl"), "turbo"),
     (re.compile(r"lcm_(?:lora|sdxl|xl)|(?:lora|sdxl|xl)_lcm"), "lcm"),
 )
@@ -129,17 +129,24 @@ class FilledRequest(NamedTuple):
     warnings: list[tuple[str, ...]]
 
 
-def fill(request: GenerateRequest, recipes: Sequence[Recipe | None]) -> FilledRequest:
+def fill(
+    request: GenerateRequest,
+    recipes: Sequence[Recipe | None],
+    *,
+    draws_with: Callable[[str], bool] = lambda _scheduler: True,
+) -> FilledRequest:
     """Set the scheduler, steps and guidance scale of a request that is silent about them.
 
     `recipes` has that of each LoRA. What the request says counts; a recipe that it contradicts has
-    a warning. Raises `InvalidRequest` if two recipes set a field to different values.
+    a warning. So has a recipe whose scheduler the base model is not drawn with, by `draws_with`; it
+    sets nothing. Raises `InvalidRequest` if two recipes set a field to different values.
     """
     if request.recipes == "off" or not any(recipes):
         return FilledRequest(request, {}, [()] * len(recipes))
     fields: dict[str, Any] = {}
     given_by: dict[str, str] = {}
-    for recipe in filter(None, recipes):
+    fitting = [recipe for recipe in recipes if recipe and draws_with(recipe.scheduler)]
+    for recipe in fitting:
         for field, value in _fields_to_set(request, recipe).items():
             if fields.setdefault(field, value) != value:
                 raise invalid(
@@ -150,9 +157,16 @@ def fill(request: GenerateRequest, recipes: Sequence[Recipe | None]) -> FilledRe
             given_by.setdefault(field, recipe.name)
     fields = {field: value for field, value in fields.items() if value is not None}
     filled = structs.replace(request, **fields, recipes="off")
-    return FilledRequest(
-        filled, fields, [_warnings(filled, recipe) if recipe else () for recipe in recipes]
-    )
+    warnings: list[tuple[str, ...]] = []
+    for found in recipes:
+        if found is None:
+            warnings.append(())
+        elif found in fitting:
+            warnings.append(_warnings(filled, found))
+        else:
+            wanted = found.scheduler
+            warnings.append((f"{found.name}: the base model is not drawn with {wanted}",))
+    return FilledRequest(filled, fields, warnings)
 
 
 def _fields_to_set(request: GenerateRequest, recipe: Recipe) -> dict[str, Any]:

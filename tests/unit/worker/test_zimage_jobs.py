@@ -115,6 +115,26 @@ def test_a_lora_whose_weight_changes_over_the_steps(
     assert image.tobytes() != whole.tobytes()
 
 
+def test_a_few_step_recipe_with_a_scheduler_of_another_family_sets_nothing(
+    child: Child, cached: Callable[..., dict[str, str]]
+) -> None:
+    """The file is named like one, and the receipt says so."""
+    names = ("lightning_4steps.safetensors", "a.safetensors")
+
+    (named, image), (plain, expected) = (
+        drawn(child, name[0], loras=[{"file": cached(LORA, name=name)}], num_inference_steps=None)
+        for name in names
+    )
+
+    assert named.recipe_fields == {}
+    (*usual, warning) = named.loras[0].warnings
+    assert warning == "lightning-4: the base model is not drawn with euler"
+    assert tuple(usual) == plain.loras[0].warnings
+    assert named.request is not None
+    assert (named.request.steps, named.request.guidance) == (9, 0.0)
+    assert image.tobytes() == expected.tobytes()
+
+
 def test_images_of_a_batch_and_of_a_sweep(
     child: Child, cached: Callable[..., dict[str, str]]
 ) -> None:

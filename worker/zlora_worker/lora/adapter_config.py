@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 import regex
@@ -53,13 +53,13 @@ class Scales:
         self._alpha, self._alpha_is_used = alpha, False
         self.assumed = False
 
-    def of(self, component: str, module: str, rank: int | None, *, is_peft: bool) -> float:
-        """Return the scale of a module; raise `ValueError` if it cannot be known."""
+    def of(self, component: str, names: Sequence[str], rank: int | None, *, is_peft: bool) -> float:
+        """Return the scale of a module by its names; raise `ValueError` if it cannot be known."""
         config = self._in_header.get(component)
-        if config and (scale := config.scale(module, rank)) is not None:
+        if config and (scale := config.scale(names, rank)) is not None:
             return scale
         if self._beside:
-            return self._beside.require_scale(module, rank)
+            return self._beside.require_scale(names, rank)
         if self._alpha is not None and rank:
             self._alpha_is_used = True
             return self._alpha / rank
@@ -74,6 +74,9 @@ class Scales:
 
 class AdapterConfig:
     """peft's configuration of one component, or of a whole file.
+
+    A module has the name that the file has of it, and that of diffusers; patterns may be for either
+    one. The first name that a pattern matches counts.
 
     Any method raises `ValueError` if the configuration is malformed or not supported.
     """
@@ -109,43 +112,43 @@ class AdapterConfig:
         """Return the configuration in the file that peft writes beside a LoRA."""
         return cls(_read(document, name=CONFIG_FILE), name=CONFIG_FILE)
 
-    def scale(self, module: str, rank: int | None) -> float | None:
+    def scale(self, names: Sequence[str], rank: int | None) -> float | None:
         """Return alpha / rank; None if the configuration has no alpha.
 
         `rank` is None for factors without a rank: then the configuration's rank counts.
         """
-        alpha = self._alphas(module)
+        alpha = _first(self._alphas, names)
         if alpha is None:
             kind = str(self._fields.get("peft_type", "LORA")).upper()
             alpha = self._fields.get(_ALPHAS.get(kind, "lora_alpha"))
         if rank is None:
-            rank = self.rank(module)
+            rank = self.rank(names)
         if alpha is None or not rank:
             return None
         divisor = rank**0.5 if self._fields.get("use_rslora") else rank
         return self._number(alpha) / float(divisor)
 
-    def rank(self, module: str) -> int | None:
+    def rank(self, names: Sequence[str]) -> int | None:
         """Return the rank that the configuration names for a module."""
-        rank = self._ranks(module)
+        rank = _first(self._ranks, names)
         if rank is None:
             rank = self._fields.get("r")
         if rank is not None and (not isinstance(rank, int) or rank < 1):
             raise ValueError(f"its {self._name} has a rank that is not a number")
         return rank
 
-    def require_scale(self, module: str, rank: int | None) -> float:
+    def require_scale(self, names: Sequence[str], rank: int | None) -> float:
         """Return the scale; raise `ValueError` unless the configuration is that of this file."""
         kind = str(self._fields.get("peft_type"))
         if kind.upper() not in _ALPHAS:
             raise ValueError(f"its {self._name} is of the type {kind[:30]}, which is not supported")
-        named = self.rank(module)
+        named = self.rank(names)
         if named is None or rank not in (None, named):
             raise ValueError(
                 f"its {self._name} is that of another file: it names the rank {named} for "
-                f"{module}; `config_sha256: none` uses no such file"
+                f"{names[0]}; `config_sha256: none` uses no such file"
             )
-        if (scale := self.scale(module, rank)) is None:
+        if (scale := self.scale(names, rank)) is None:
             raise ValueError(f"its {self._name} has no alpha")
         return scale
 
@@ -224,6 +227,11 @@ class AdapterConfig:
         if not math.isfinite(number):
             raise ValueError(f"its {self._name} has an alpha that is not a number")
         return number
+
+
+def _first(value_of: Callable[[str], Any], names: Sequence[str]) -> Any:
+    """Return the value of the first name that has one; None if no name has."""
+    return next((value for value in map(value_of, names) if value is not None), None)
 
 
 def _read(document: bytes | str, *, name: str) -> dict[str, Any]:

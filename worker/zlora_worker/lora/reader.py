@@ -271,7 +271,8 @@ class Reader:
                 ]
                 ends = list(accumulate(shape[0] for shape in shapes))
                 is_peft = any(map(key_names.is_peft, names.values()))
-                scale_of = partial(scales.of, layer.component, layer.name, is_peft=is_peft)
+                known = dict.fromkeys((_name_in_file(names, layer.component), layer.name))
+                scale_of = partial(scales.of, layer.component, [*known], is_peft=is_peft)
                 whole = parse_module(parts, (ends[-1], *shapes[0][1:]), scale_of)
                 parsed[layer] = [whole]
                 if len(ends) > 1:
@@ -382,6 +383,14 @@ def require_whole(lora: Lora, *, source: str) -> None:
             f"{key_names.summary(lora.unmatched)}; with `strict: false` the rest is used",
             {"unmatched": lora.unmatched_counts(), "modules": lora.modules},
         )
+
+
+def _name_in_file(tensors: Mapping[str, str], component: str) -> str:
+    """Return the name that a file has of a layer, as peft knows it while it trains."""
+    name = next(iter(tensors.values()))
+    key = key_names.parse_key(name)
+    module = key.module if key else name
+    return module.removeprefix(key_names.PEFT_PREFIX).removeprefix(f"{component}.")
 
 
 def _require_finite(names: Sequence[str], stack: Tensor) -> None:

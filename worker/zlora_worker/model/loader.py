@@ -20,9 +20,11 @@ from transformers import CLIPTokenizer
 from zlora.errors import ModelUnavailable, NotSafetensors
 from zlora.lora import base_model
 from zlora.lora.key_names import FACTORS, other_file, parse_key
-from zlora.lora.safetensors_header import read_header
+from zlora.lora.safetensors_header import TensorInfo, read_header
 from zlora.schedulers import of_class
 
+from zlora_worker.lora.key_map import KeyMap
+from zlora_worker.lora.tensor_file import FLOATS
 from zlora_worker.model.base import BaseModel
 from zlora_worker.model.digests import FileDigest, ModelDigests
 from zlora_worker.model.families.sdxl import SDXL
@@ -36,6 +38,12 @@ _FAMILIES: Final = (SDXL, SD1, SD2, Z_IMAGE)
 _INDEX: Final = "model_index.json"
 # Prefix of all names in single files of some tools, which others leave out.
 _FILE_PREFIX: Final = "model.diffusion_model."
+# Ends of names of what quantised weights are multiplied by: ComfyUI's, and those of bitsandbytes.
+_SCALES: Final = re.compile(
+    r"\.(?:scale_weight|weight_scale\w*|comfy_quant|absmax|quant_state\..*)$"
+)
+# Tensors of single files that diffusers' classes leave out, since no image depends on them.
+_UNREAD: Final = ("norm_final.weight",)
 _COMMIT: Final = re.compile("[0-9a-f]{40}")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # Word in the ValueError that diffusers raises for a repository without fp16 files.
@@ -231,12 +239,13 @@ def _from_folder(
         _require_vocabulary(folder / name)
     options: dict[str, Any] = {}
     if denoiser_file is not None:
-        options[family.denoiser] = family.denoiser_class.from_single_file(
+        denoiser = options[family.denoiser] = family.denoiser_class.from_single_file(
             str(denoiser_file),
             config=str(folder / family.denoiser),
             local_files_only=True,
             dtype=dtype,
         )
+        _require_places(denoiser_file, denoiser, family)
     elif dtype is torch.float16 and any(folder.glob(f"{family.denoiser}/*.fp16.*safetensors*")):
         options["variant"] = "fp16"
     pipeline = family.text_to_image.from_pretrained(
@@ -289,6 +298,7 @@ def _from_single_file(path: Path, config: str, dtype: torch.dtype | None) -> tup
             f"{path}: only .safetensors files are loaded, because other checkpoints can run code"
         )
     family, tensors = _family_of_file(path)
+    _require_floats(path, tensors)
     folder, vocabulary = family.config, family.vocabulary
     if config:
         folder = vocabulary = Path(config).expanduser()
@@ -384,6 +394,41 @@ def _require_whole(pipeline: Any, family: Family, name: str) -> None:
         )
 
 
+def _require_places(path: Path, denoiser: Any, family: Family) -> None:
+    """Raise `ModelUnavailable` if a single file has tensors that its denoiser has no place for.
+
+    diffusers leaves them out: further layers, or other components beside the denoiser.
+    """
+    owners = [
+        name for name, module in denoiser.named_modules() if name and not [*module.children()]
+    ]
+    key_map = KeyMap((family.denoiser, owner) for owner in owners)
+    own = {name for name, _ in denoiser.named_parameters(recurse=False)}.union(_UNREAD)
+    unknown = [
+        name
+        for name in read_header(path).tensors
+        if name.removeprefix(_FILE_PREFIX) not in own and not key_map.find(name.rpartition(".")[0])
+    ]
+    if unknown:
+        raise ModelUnavailable(
+            f"{path} has {len(unknown)} tensors that the {family.denoiser} of the folder in "
+            f"ZLORA_MODEL_CONFIG lacks, such as {unknown[0][:100]}"
+        )
+
+
+def _require_floats(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise `ModelUnavailable` if the weights of a single file are quantised.
+
+    diffusers would take the numbers for weights, without what they are multiplied by.
+    """
+    for name, info in tensors.items():
+        if _SCALES.search(name) or (name.endswith(".weight") and info.dtype not in FLOATS):
+            raise ModelUnavailable(
+                f"{path} has {name[:100]} of the type {info.dtype}: quantised files are not "
+                "supported, other than in fp8 without scales"
+            )
+
+
 def _require_text_weights(folder: Path, pipeline: Any, family: Family) -> None:
     """Raise `ModelUnavailable` if the files lack a weight of a text encoder.
 
@@ -405,8 +450,8 @@ def _require_text_weights(folder: Path, pipeline: Any, family: Family) -> None:
             )
 
 
-def _family_of_file(path: Path) -> tuple[Family, Collection[str]]:
-    """Return the family of a checkpoint, and its tensor names; raise `ModelUnavailable`.
+def _family_of_file(path: Path) -> tuple[Family, Mapping[str, TensorInfo]]:
+    """Return the family of a checkpoint, and its tensors; raise `ModelUnavailable`.
 
     diffusers raises a long error, or none, for a file that is not a checkpoint.
     """

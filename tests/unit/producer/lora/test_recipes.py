@@ -20,9 +20,12 @@ ADDRESSES = {
     f"{HUB}/Hyper-SD/Hyper-SDXL-8steps-lora.safetensors": "hyper-8",
     f"{HUB}/Hyper-SD/Hyper-SDXL-8steps-CFG-lora.safetensors": "hyper-8-cfg",
     f"{HUB}/Hyper-SD/Hyper-SDXL-12steps-CFG-lora.safetensors": "hyper-12-cfg",
+    f"{HUB}/Hyper-SD/Hyper-SD15-8steps-lora.safetensors": "hyper-8",
+    f"{HUB}/Hyper-SD/Hyper-SD15-12steps-CFG-lora.safetensors": "hyper-12-cfg",
     "s3://loras/sd_xl_turbo_lora_v1.safetensors": "turbo",
     "hf://tianweiy/DMD2/dmd2_sdxl_4step_lora_fp16.safetensors": "dmd2",
     "hf://h1t/TCD-SDXL-LoRA/pytorch_lora_weights.safetensors": "tcd",
+    "hf://h1t/TCD-SD15-LoRA/pytorch_lora_weights.safetensors": "tcd",
 }
 STYLES = (
     "https://example.com/Lightning_style_8_steps.safetensors",
@@ -33,7 +36,6 @@ STYLES = (
     "https://example.com/8-steps-to-heaven.safetensors",
     "https://lcm-lora-sdxl.example.com/style.safetensors",
     "file:///srv/lcm-lora-sdxl/style.safetensors",
-    f"{HUB}/Hyper-SD/Hyper-SD15-8steps-lora.safetensors",
     "civitai://126688",
 )
 

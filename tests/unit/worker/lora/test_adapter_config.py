@@ -134,7 +134,7 @@ def test_only_a_file_of_peft_without_alpha_is_one_with_an_assumed_alpha(
 
 def scales(table: dict[str, float], modules: list[str]) -> list[float | None]:
     config = AdapterConfig({"alpha_pattern": table, "lora_alpha": -1.0, "r": 1}, name="it")
-    return [config.scale(module, 1) for module in modules]
+    return [config.scale([module], 1) for module in modules]
 
 
 def scales_of_peft(table: dict[str, float], modules: list[str]) -> list[float | None]:
@@ -187,7 +187,7 @@ def test_expressions_that_take_for_ever_are_refused() -> None:
     config = AdapterConfig({"alpha_pattern": {SLOW: 4.0}, "lora_alpha": 1.0}, name="it")
 
     with pytest.raises(ValueError, match="more than 1 s"):
-        config.scale("a" * 80, 1)
+        config.scale(["a" * 80], 1)
 
 
 LIMITS: Final = {

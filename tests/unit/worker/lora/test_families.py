@@ -1,5 +1,6 @@
 """LoRAs of the families beside SDXL: other base models, fused layers, and images."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -135,6 +136,32 @@ def test_one_of_three_parts_may_be_zero(z_image: Pipeline, tmp_path: Path) -> No
         if not torch.equal(tensor, weights["transformer", name])
     ]
     assert changed == ["layers.0.attention.to_v.weight"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["attention.out", "^layers.0.attention.out", r"layers\.\d\..*out"]
+)
+@pytest.mark.parametrize("where", ["header", "beside"])
+def test_patterns_of_peft_name_layers_as_the_file_does(
+    z_image: Pipeline, tmp_path: Path, *, pattern: str, where: str
+) -> None:
+    """The original code has other names than diffusers."""
+    fields = {"r": 1, "lora_alpha": 2, "alpha_pattern": {pattern: 8}, "rank_pattern": {pattern: 2}}
+    beside = json.dumps(fields | {"peft_type": "LORA"}).encode()
+    header = json.dumps({f"transformer.{name}": value for name, value in fields.items()})
+    prefix = {"header": "transformer.", "beside": "base_model.model."}[where]
+    tensors = lora_of(f"{prefix}layers.0.attention.out", 96, 96)
+    save_file(
+        tensors, tmp_path / "a", {"lora_adapter_metadata": header} if where == "header" else None
+    )
+    base = snapshot(z_image)["transformer", "layers.0.attention.to_out.0.weight"]
+
+    config = beside if where == "beside" else None
+    lora = z_image.reader.read(tmp_path / "a", digest=str(tmp_path), source="a", config=config)
+
+    found = merged(z_image, lora)["transformer", "layers.0.attention.to_out.0.weight"]
+    down, up = tensors.values()
+    torch.testing.assert_close(found, base + 8 / 2 * up @ down)
 
 
 # --- other base models

@@ -340,6 +340,22 @@ def truncated_file(_home: Path, single_file: Path, target: Path) -> None:
     target.write_bytes(single_file.read_bytes()[:-1000])
 
 
+def scaled_file(_home: Path, single_file: Path, target: Path) -> None:
+    """Write weights in fp8 as ComfyUI does, with the scale of one beside it."""
+    tensors = load_file(single_file)
+    name = next(name for name in tensors if name.endswith("attn1.to_q.weight"))
+    scale = tensors[name].abs().max() / 448
+    scaled = (tensors[name] / scale).to(torch.float8_e4m3fn)
+    added = {name: scaled, name.replace(".weight", ".scale_weight"): scale}
+    write(target, tensors | added)
+
+
+def integer_file(_home: Path, single_file: Path, target: Path) -> None:
+    tensors = load_file(single_file)
+    name = next(name for name in tensors if name.endswith("attn1.to_q.weight"))
+    write(target, tensors | {name: tensors[name].to(torch.int8)})
+
+
 def web_page(_home: Path, _single_file: Path, target: Path) -> None:
     target.write_text("<!DOCTYPE html><title>Log in</title>" * 10)
 
@@ -360,6 +376,8 @@ def empty_file(_home: Path, _single_file: Path, target: Path) -> None:
         (lora_file, "is a LoRA, not a checkpoint"),
         (without("label_emb.0.0.weight"), "not a checkpoint of SDXL: it lacks unet"),
         (truncated_file, "damaged"),
+        (scaled_file, "attn1.to_q.scale_weight of the type F32: quantised files"),
+        (integer_file, "attn1.to_q.weight of the type I8: quantised files"),
         (web_page, "web page"),
         (pointer, "git-lfs"),
         (empty_file, "0 bytes"),

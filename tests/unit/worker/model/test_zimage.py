@@ -241,6 +241,19 @@ def test_a_single_file_needs_a_folder_with_the_other_components(
             loader.load(settings(file, tmp_path, ZLORA_MODEL_CONFIG=str(other)))
 
 
+@pytest.mark.parametrize("name", ["layers.2.ffn_norm1.weight", "vae.decoder.conv_in.weight"])
+def test_a_single_file_with_more_than_its_transformer_is_refused(
+    model_home: Path, tmp_path: Path, name: str
+) -> None:
+    """Layers that the configuration lacks would be left out, and so would other components."""
+    home = tiny_zimage(model_home)
+    whole = load_file(write_original(home, tmp_path / "whole.safetensors"))
+    file = write(tmp_path / "a.safetensors", whole | {name: torch.ones(2, 2)})
+
+    with pytest.raises(ModelUnavailable, match=rf"has 1 tensors that .* lacks, such as {name}"):
+        loader.load(settings(file, tmp_path, ZLORA_MODEL_CONFIG=str(home)))
+
+
 def test_a_vae_of_another_family_is_refused(model_home: Path, tmp_path: Path) -> None:
     own, other = tiny_zimage(model_home), tiny_sd15(model_home) / "vae"
 
