@@ -2,9 +2,10 @@
 
 `PYTHONPATH=tests .venv/bin/python -P tests/compat.py OLD` compares this checkout with the checkout
 OLD, which has a `.venv` of its own. Each version is once the client and once the worker: jobs,
-progress, cancellation, errors, webhooks, manifests, images drawn again, jobs of a killed worker.
-Then the data in Redis, the metrics, the images of `zlora demo`, the environment variables and the
-command lines of both versions are compared.
+progress, cancellation, errors, webhooks, manifests, images drawn again, jobs of a killed worker,
+and the HTTP server if the client's version has one. Then the data in Redis, the metrics, the images
+of `zlora demo`, the environment variables and the command lines of both versions are compared: the
+new version must have all that the old one has, and may have more.
 
 Prints a line for each check; the exit status is 1 if one has failed. Takes about ten minutes.
 """
@@ -22,12 +23,14 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from prometheus_client.parser import text_string_to_metric_families
 from support.compat_client import EXPIRED, Checks, expect, path_of, shape_of
 from support.figures import Tally
+from support.http_server import running
 from support.processes import Worker, clean_environ, free_port, wait_until, worker
 from support.valkey import Valkey
 from zlora_worker.demo.server import serving
@@ -38,8 +41,7 @@ _CLIENT: Final = _ROOT / "tests" / "support" / "compat_client.py"
 _SECRET: Final = "whsec_" + base64.b64encode(b"k" * 32).decode()
 # What differs between two runs of the same version.
 _VOLATILE: Final = {"timings", "milliseconds", "started_at", "finished_at", "tier", "url"}
-# Fields that versions have added, which older ones ignore, or do not write.
-_ADDED: Final = {"alpha", "config_sha256", "expires", "receiver", "token", "warnings", "worker"}
+_CHOICES: Final = {"enum", "examples"}  # fields of JSON Schemas whose lists may become longer
 _SENTENCES: Final = {"message", "expected", "description", "title", "told", "advice", "help"}
 _CODE: Final = re.compile(r"\b(?:ZLORA|COZY|FILE_API|HF|AWS)_[A-Z0-9_]+")
 
@@ -70,6 +72,11 @@ class Version:
         )
         return Ended(ended.returncode, ended.stdout, ended.stderr)
 
+    @cached_property
+    def commands(self) -> list[str]:
+        """Names of the commands of its `zlora`."""
+        return lines_of(self.zlora("--help", environ={}, cwd=self.root).out)["commands"]
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -88,7 +95,7 @@ def main() -> int:
         scene = Scene(Path(folder), host)
         facts = {}
         for client, server in ((new, old), (old, new)):  # the new worker gets the old one's cache
-            direction = Direction(scene, client, server)
+            direction = Direction(scene, client, server, old=old)
             failed += direction.run()
             facts[client.name] = direction.facts
         checks = Checks("old and new")
@@ -126,8 +133,8 @@ class Scene:
 class Direction:
     """One version as the client of the other version's worker."""
 
-    def __init__(self, scene: Scene, client: Version, server: Version) -> None:
-        self.scene, self.client, self.server = scene, client, server
+    def __init__(self, scene: Scene, client: Version, server: Version, *, old: Version) -> None:
+        self.scene, self.client, self.server, self.old = scene, client, server, old
         self.title = f"{client.name} client, {server.name} worker"
         self.folder = scene.folder / client.name
         self.folder.mkdir()
@@ -147,6 +154,7 @@ class Direction:
                 self.facts["metrics"] = metrics_at(f"http://{metrics}/metrics")
                 self.command_lines(environ)
                 self.facts["keys"] = self.keys(broker)
+                self.http(broker, environ)
                 with broker.client() as connection:
                     for job_id in EXPIRED:
                         connection.delete(f"celery-task-meta-{job_id}")
@@ -234,6 +242,24 @@ class Direction:
             process.terminate()
             process.wait()
 
+    def http(self, broker: Valkey, environ: Mapping[str, str]) -> None:
+        """Draw an image again by the client's HTTP server, if its version has one."""
+        if "serve" not in self.client.commands:
+            return
+        log, python = self.folder / "server.log", self.client.python
+        with (
+            self.checks.check("zlora serve: what the queue serves, and the same image again"),
+            running(broker.url, log=log, python=python, **environ) as server,
+            server.client() as http,
+        ):
+            if "info" in self.server.commands:  # its workers write what they serve
+                queue = http.get("/v1/queue").raise_for_status().json()
+                expect((queue["base"], queue["model"]) == ("SDXL", "demo"), queue)
+            request = self.facts["main"]["results"]["png-lora"]["request"]
+            answer = http.post("/v1/jobs", params={"wait": 60}, json=request).raise_for_status()
+            (image,) = answer.json()["result"]["images"]
+            expect(image["pixels_sha256"] == self.facts["main"]["pixels"]["png-lora"], image)
+
     def command_lines(self, environ: Mapping[str, str]) -> None:
         """Run the commands that read jobs with both versions; print what differs."""
         host = self.scene.host
@@ -274,26 +300,28 @@ class Direction:
             ["batch", "/nowhere", "--json"],
             ["metrics"],
             ["doctor", "--json"],
+            ["info", "--json"],
             ["cache", "ls", "--json"],
             ["cache", "verify", "--json"],
             ["nothing"],
             *(["schema", name] for name in ("request", "result", "event", "error", "webhook")),
         ]
         for command in commands:
+            if command[0] not in ("nothing", *self.old.commands):
+                continue  # there is nothing to keep
             shown = " ".join(command).replace(host, "HOST")
-            with self.checks.check(f"zlora {shown}: the same status and JSON from both versions"):
-                seen = []
+            with self.checks.check(f"zlora {shown}: the old version's status and JSON, by both"):
+                seen = {}
                 for version in (self.client, self.server):
                     variables = {**environ, "COLUMNS": "100"}
                     ended = version.zlora(*command, environ=variables, cwd=self.folder)
                     document = decoded(ended.out)
                     if command[0] == "cache":  # times and counts
                         document = shape_of(document)
-                    if command[0] == "doctor":  # checks that the older version does not have
-                        added = ("keys", "clock", "rights")
-                        document = [one for one in document if one["name"] not in added]
-                    seen.append((ended.status, facts_of(document)))
-                expect(seen[0] == seen[1], first_difference(seen[0], seen[1]))
+                    if command[0] == "doctor":
+                        document = {one.pop("name"): one for one in document}
+                    seen[version.name] = [ended.status, facts_of(document)]
+                require_kept(seen["old"], seen["new"])
 
     def replay(self, environ: Mapping[str, str]) -> None:
         """Draw the worker's images again with the client's version."""
@@ -331,26 +359,28 @@ def compare(checks: Checks, one: dict[str, Any], other: dict[str, Any]) -> None:
         for name in sorted(shapes[0] | shapes[1]):
             with checks.check(f"JSON of {name}"):
                 seen = [facts_of(shape.get(name)) for shape in shapes]
-                expect(seen[0] == seen[1], first_difference(*seen))
+                if name.startswith("record"):  # of client and worker
+                    expect(seen[0] == seen[1], first_difference(*seen))
+                elif name.startswith(("message", "result")):  # the old client's, in `one`
+                    require_kept(*seen)
+                else:  # the old worker's, in `other`
+                    require_kept(seen[1], seen[0])
     for name in EXPIRED:
         for step in ("main", "expired"):
             with checks.check(f"values of the result of {name}, step {step}"):
                 results = [facts[step]["results"][name] for facts in (one, other)]
-                seen = [facts_of(without_file_hash(result)) for result in results]
-                expect(seen[0] == seen[1], first_difference(*seen))
+                require_kept(*(facts_of(without_file(result)) for result in results))
         with checks.check(f"metadata in the image of {name}"):
-            seen = [facts[f"metadata of {name}"] for facts in (one, other)]
-            expect(seen[0] == seen[1], first_difference(*seen))
+            require_kept(*(facts[f"metadata of {name}"] for facts in (other, one)))
     for name in ("keys", "metrics", "queue metrics"):
         with checks.check(f"{name}: names, types and labels"):
             expect(one[name], "nothing was seen")
-            new = {key: value for key, value in one[name].items() if key in other[name]}
-            expect(new == other[name], first_difference(new, other[name]))
+            require_kept(other[name], one[name])
 
 
-def without_file_hash(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result without its images' file hashes: a version may order metadata otherwise."""
-    images = [{**image, "sha256": None} for image in result["images"]]
+def without_file(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result without hashes and sizes of files, whose metadata differ between versions."""
+    images = [{**image, "sha256": None, "size": None} for image in result["images"]]
     return {**result, "images": images}
 
 
@@ -370,8 +400,8 @@ def draw_demos(checks: Checks, scene: Scene, old: Version, new: Version) -> None
             expect(ended.status == 0, ended.err)
             jobs[version.name] = json.loads(ended.out)["jobs"]
     with checks.check("demo: documents and JSON of both versions"):
-        seen = [[(job["document"], job["result"].keys()) for job in jobs[name]] for name in jobs]
-        expect(len(seen) == 2 and seen[0] == seen[1], seen)
+        seen = [[[job["document"], shape_of(job["result"])] for job in jobs[name]] for name in jobs]
+        require_kept(*(facts_of(found) for found in seen))
     with Valkey(requests, Tally()) as broker:
         environ = scene.environ(broker.url, "requests", free_port())
         for version, other in ((old, new), (new, old)):
@@ -433,20 +463,25 @@ def compare_help(checks: Checks, scene: Scene, old: Version, new: Version) -> No
             for version in (old, new)
         ]
         with checks.check(f"zlora {' '.join(command)} --help: usage, options and commands"):
-            seen = [words_of(text) for text in texts]
-            for part, words in seen[0].items():
-                missing = [word for word in words if word not in seen[1][part]]
+            seen = [lines_of(text) for text in texts]
+            for part, lines in seen[0].items():
+                found = [words_in(line) for line in seen[1][part]]
+                missing = [line for line in lines if not any(map(words_in(line).issubset, found))]
                 expect(not missing, missing)
-        waiting += [[*command, name] for name in words_of(texts[0])["commands"]]
+        waiting += [[*command, name] for name in lines_of(texts[0])["commands"]]
 
 
-def words_of(text: str) -> dict[str, list[str]]:
+def words_in(line: str) -> set[str]:
+    """Return the words of a line of a help text, such as the choices of `[a|b]`."""
+    return set(re.findall(r"[^\s|\[\]]+", line))
+
+
+def lines_of(text: str) -> dict[str, list[str]]:
     """Return the usage, the options and the commands of a help text, without its sentences."""
     _, _, commands = text.partition("\nCommands:\n")
     options = text.partition("\nOptions:\n")[2].partition("\nCommands:\n")[0]
     usage = [line for line in text.splitlines() if line.startswith("Usage:")]
     first_words = r"^  (-.*?)(?:  .*)?$"
-    options = re.sub(r"(--lora ADDRESS\S*?)\[:alpha=ALPHA\]", r"\1", options)  # was added
     return {
         "usage": usage,
         "options": re.findall(first_words, options, re.MULTILINE),
@@ -502,11 +537,32 @@ def facts_of(value: Any) -> Any:
         return {
             name: facts_of(item)
             for name, item in sorted(value.items())
-            if name not in _VOLATILE | _ADDED and not (name in _SENTENCES and isinstance(item, str))
+            if name not in _VOLATILE and not (name in _SENTENCES and isinstance(item, str))
         }
     if isinstance(value, list):
         return [facts_of(item) for item in value]
     return value
+
+
+def require_kept(old: Any, new: Any) -> None:
+    """Raise `AssertionError` unless the new document has all of the old one."""
+    kept = kept_of(old, new)
+    expect(kept == old, first_difference(old, kept))
+
+
+def kept_of(old: Any, new: Any) -> Any:
+    """Return the new document without the fields, and the choices, that the old one lacks."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {
+            name: [choice for choice in new[name] if choice in item]
+            if name in _CHOICES
+            else kept_of(item, new[name])
+            for name, item in old.items()
+            if name in new
+        }
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [kept_of(*pair) for pair in zip(old, new, strict=True)]
+    return new
 
 
 def first_difference(one: Any, other: Any, place: str = "$") -> str:

@@ -265,6 +265,7 @@ class Side:
             event = hooks["hook-failed"].event
             expect(event.type == "job.failed", event)
             expect(isinstance(event.error, errors.LoraNotFound), event)
+            self.wait_for(lambda: self.state_of("hook-failed") == "FAILURE", "Celery's result")
         with self.checks.check("webhook of a cancellation, verified: JobRevoked"):
             self.wait_for(lambda: "running" in hooks, "the webhook")
             event = hooks["running"].event
@@ -331,13 +332,23 @@ class Side:
 
     def look(self, job_id: str) -> None:
         """Remember the shape of what Redis has of a job."""
-        record = self.redis.hgetall(f"zlora:job:{job_id}")
+        key, state = f"zlora:job:{job_id}", self.state_of(job_id)
+        if state in ("SUCCESS", "FAILURE"):  # the worker removes its attempt a moment later
+            self.wait_for(
+                lambda: not any(name.startswith("attempt:") for name in self.redis.hkeys(key)),
+                "the end of the attempt",
+            )
+        record = self.redis.hgetall(key)
         meta = self.redis.get(f"celery-task-meta-{job_id}")
         fields = {re.sub("^attempt:.*", "attempt:ID", name): record[name] for name in record}
-        state = json.loads(meta)["status"] if meta else "no result"
         shapes = self.facts["shapes"]
         shapes[f"record of {job_id} ({state})"] = shape_of(fields)
         shapes[f"Celery's result of {job_id} ({state})"] = meta and shape_of(json.loads(meta))
+
+    def state_of(self, job_id: str) -> str:
+        """Return the state in Celery's result."""
+        meta = self.redis.get(f"celery-task-meta-{job_id}")
+        return str(json.loads(meta)["status"]) if meta else "no result"
 
     def wait_for(self, look: Callable[[], bool], what: str) -> None:
         """Wait until `look` returns True."""

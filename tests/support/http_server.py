@@ -24,16 +24,22 @@ class Server:
     """A server process, which can be killed and started again."""
 
     def __init__(
-        self, broker_url: str, *options: str, log: Path | None, first: str = "", **variables: str
+        self,
+        broker_url: str,
+        *options: str,
+        log: Path | None,
+        first: str = "",
+        python: str = sys.executable,
+        **variables: str,
     ) -> None:
-        self.port, self._options, self.log = free_port(), options, log
+        self.port, self._options, self.log, self._python = free_port(), options, log, python
         self._code = f"{first}\nfrom zlora.cli import main; main()"
         self._environ = clean_environ({"ZLORA_BROKER_URL": broker_url, **variables})
         self.url = f"{'https' if '--certificate' in options else 'http'}://localhost:{self.port}"
 
     def start(self) -> None:
         """Start the process, and wait until it listens."""
-        command = [sys.executable, "-P", "-c", self._code, "serve"]
+        command = [self._python, "-P", "-c", self._code, "serve"]
         command += ["--port", str(self.port), *self._options]
         if self.log is None:
             self.process = subprocess.Popen(command, env=self._environ)
@@ -78,13 +84,19 @@ class Server:
 
 @contextmanager
 def running(
-    broker_url: str, *options: str, log: Path | None = None, first: str = "", **variables: str
+    broker_url: str,
+    *options: str,
+    log: Path | None = None,
+    first: str = "",
+    python: str = sys.executable,
+    **variables: str,
 ) -> Iterator[Server]:
     """Serve the queue of a broker; `options` are those of the command.
 
-    `first` is code that the process runs before, such as one that shortens a deadline.
+    `first` is code that the process runs before, such as one that shortens a deadline. `python` may
+    be that of another version.
     """
-    server = Server(broker_url, *options, log=log, first=first, **variables)
+    server = Server(broker_url, *options, log=log, first=first, python=python, **variables)
     server.start()
     try:
         yield server
