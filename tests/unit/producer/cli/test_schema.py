@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ TYPES = {
 URL = "https://example.com/x.safetensors"
 
 
+@cache
 def printed(*document: str) -> Any:
     result = CliRunner().invoke(main, ["schema", *document])
     assert result.exit_code == 0, result.output
