@@ -43,6 +43,8 @@ dict of plain JSON details. These two are exactly its `args`, which Celery's JSO
 an error that is raised in the worker arrives in the producer as the same class.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Final, Self
 
 
@@ -105,7 +107,11 @@ class InvalidJobId(InvalidRequest):
 
 
 class LoraError(ZloraError):
-    """A LoRA, an embedding or an image cannot be used: the parent of all errors of their files."""
+    """A LoRA, an embedding or an image cannot be used: the parent of all errors of their files.
+
+    Details: of a LoRA `index` in the request's `loras`; of an embedding that in its `embeddings`,
+    and the name of that list as `field`.
+    """
 
     code = "lora_error"
 
@@ -339,6 +345,20 @@ ERRORS: Final = tuple(
 """All classes, parents first: tables, exit statuses and metrics are made from it."""
 
 _BY_CODE: Final = {cls.code: cls for cls in ERRORS}
+
+
+@contextmanager
+def naming_file(**place: Any) -> Iterator[None]:
+    """Add to a `LoraError` of the block which file of the request it is about.
+
+    That is its `index` in `loras`, or in the list that `field` names.
+    """
+    try:
+        yield
+    except LoraError as error:
+        error.add_details(**place)
+        raise
+
 
 __all__ = [*(cls.__name__ for cls in ERRORS)]  # noqa: PLE0604 - names of classes
 

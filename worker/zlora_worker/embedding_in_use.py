@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from zlora.errors import EmbeddingMismatch
+from zlora.errors import EmbeddingMismatch, naming_file
 from zlora.schema import EmbeddingReceipt, EmbeddingSpec
 
 from zlora_worker.child import Child
@@ -78,10 +78,10 @@ def embeddings_in_use(
 
     Raises as `EmbeddingReader.read`, and `EmbeddingMismatch` for a word of two embeddings.
     """
-    found = [
-        EmbeddingInUse.read(child, file, token=spec.token)
-        for spec, file in zip(specs, files, strict=True)
-    ]
+    found = []
+    for index, (spec, file) in enumerate(zip(specs, files, strict=True)):
+        with naming_file(index=index, field="embeddings"):
+            found.append(EmbeddingInUse.read(child, file, token=spec.token))
     found += [
         EmbeddingInUse.read(child, lora.file, beside_lora=True)
         for lora in loras

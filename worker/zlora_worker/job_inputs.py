@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
+from zlora.errors import naming_file
 from zlora.lora import recipes
 from zlora.lora.catalogue import CatalogueEntry, Resolved
 from zlora.schema import (
@@ -142,9 +143,17 @@ def read_inputs(
     # fetch
     assets = [asset_of(spec) for spec in used_loras(cells)]
     assets += [spec.file for spec in first.embeddings]
+    places: dict[Asset, dict[str, Any]] = {}
+    for index, embedding in enumerate(first.embeddings):
+        places.setdefault(embedding.file, {"index": index, "field": "embeddings"})
+    for cell in cells:
+        for index, spec in enumerate(cell.loras):
+            if spec.is_used:
+                places.setdefault(asset_of(spec), {"index": index})
     opened = child.lora_files.files(
         assets,
         images=first.fetched_images,
+        places=places,
         since=since,
         on_bytes=lambda received, expected: progress(Phase.FETCH, received, expected),
     )
@@ -161,14 +170,15 @@ def read_inputs(
         for index, (request, entries) in enumerate(resolved):
             of_cell: list[LoraInUse] = []
             with naming_image(asked.sweep, index):
-                for spec, entry in zip(request.loras, entries, strict=True):
+                for place, (spec, entry) in enumerate(zip(request.loras, entries, strict=True)):
                     if not spec.is_used:
                         continue
                     key = (spec.file, spec.alpha)
-                    if key not in parsed:
-                        file = by_asset[asset_of(spec)]
-                        parsed[key] = LoraInUse.read(child, spec, file, entry=entry)
-                    of_cell.append(parsed[key].with_spec(spec, entry=entry))
+                    with naming_file(index=place):
+                        if key not in parsed:
+                            file = by_asset[asset_of(spec)]
+                            parsed[key] = LoraInUse.read(child, spec, file, entry=entry)
+                        of_cell.append(parsed[key].with_spec(spec, entry=entry))
             loras.append(of_cell)
             beside = tuple(lora.file.sha256 for lora in of_cell if lora.parsed.has_embeddings)
             if beside not in known:

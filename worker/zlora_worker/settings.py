@@ -356,9 +356,8 @@ class Settings:
     allow_hosts: frozenset[str] = _variable(
         config.ALLOW_HOSTS,
         read=config.hosts,
-        note="Hosts of LoRAs and webhooks, as `host` or `host:port` separated by commas, that may "
-        "have private addresses, use plain `http`, and listen on other ports than 443. "
-        "Default: none.",
+        note="Hosts of LoRAs and webhooks, as `host` (ports 80 and 443) or `host:port`, separated "
+        "by commas, that may have private addresses and use plain `http`. Default: none.",
     )
     certificates: str = _variable(
         config.CERTIFICATES,

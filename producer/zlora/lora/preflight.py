@@ -20,6 +20,7 @@ from zlora.errors import (
     LoraForbidden,
     LoraMismatch,
     LoraNotAllowed,
+    naming_file,
 )
 from zlora.lora import base_model, key_names
 from zlora.lora.addresses import (
@@ -114,20 +115,14 @@ class Preflight:
             if not spec.is_used or key in checked:
                 continue
             checked.add(key)
-            try:
+            with naming_file(index=index):
                 self._check(spec, base=base)
-            except LoraError as error:
-                error.add_details(index=index)
-                raise
         for index, embedding in enumerate(request.embeddings):
             address, name = embedding.file.address, without_secrets(embedding.file.address)
-            try:
+            with naming_file(index=index, field="embeddings"):
                 if header := self._header(address):
                     family = base or base_model.SDXL
                     read_embeddings(header, name, base=family, token=embedding.token)
-            except LoraError as error:
-                error.add_details(index=index, field="embeddings")
-                raise
 
     def _header(self, address: str) -> "Header | None":
         """Return the header at an address; None if only a worker can open it."""

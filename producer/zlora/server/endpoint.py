@@ -155,9 +155,9 @@ class Call:
             elif values:
                 document[field.name] = values[0]
         if unknown := set(given) - {field.name for field in structs.fields(kind)}:
-            names = ", ".join(field.name for field in structs.fields(kind)) or "none"
-            name = min(unknown)
-            raise invalid(f"?{name[:80]}", given[name], f"Expected no parameter but {names}")
+            name, names = min(unknown), ", ".join(field.name for field in structs.fields(kind))
+            expected = f"Expected no parameter but {names}" if names else "Expected no parameter"
+            raise invalid(f"?{name[:80]}", given[name], expected)
         try:
             return msgspec.convert(document, kind, strict=False)
         except msgspec.ValidationError as error:

@@ -30,6 +30,7 @@ from support.tiny_folder import TINY
 from zlora.errors import (
     InvalidRequest,
     JobRevoked,
+    LoraError,
     LoraMismatch,
     LoraNotAllowed,
     NotSafetensors,
@@ -39,6 +40,7 @@ from zlora.schema import (
     MAX_IMAGES,
     MAX_SEED,
     Asset,
+    EmbeddingSpec,
     GenerateResult,
     LoraSpec,
     OutputFormat,
@@ -728,6 +730,31 @@ def test_a_lora_that_is_refused_changes_neither_the_store_nor_the_next_job(
     assert "s3cret" not in str(raised.value)
     assert child.model.state is PipelineState.READY
     assert pixels(child.model) == plain
+
+
+@pytest.mark.parametrize("fault", ["absent", "no safetensors file", "of another model"])
+def test_an_error_of_a_file_says_which_file_of_the_request_it_is_about(
+    child: Child, pinned: Callable[..., LoraSpec], tmp_path: Path, fault: str
+) -> None:
+    """Callers show it beside the field; LoRAs with the weight 0 count."""
+    good, bad = write(tmp_path / "good.safetensors", peft_lora()), tmp_path / "bad.safetensors"
+    if fault == "of another model":
+        write(bad, {name.replace("blocks.0", "blocks.9"): t for name, t in peft_lora().items()})
+    else:
+        bad.write_text("<!DOCTYPE html><title>Log in</title>" * 10)
+    wrong = pinned(bad) if fault != "absent" else LoraSpec(file=Asset(url="demo://absent"))
+    loras = (pinned(bad, weight=0), pinned(good), wrong)
+    embeddings = (EmbeddingSpec(file=wrong.file, token="word"),)
+
+    with pytest.raises(LoraError) as of_lora:
+        run_job(child, "lora", a_request(loras=loras))
+    with pytest.raises(LoraError) as of_embedding:
+        run_job(child, "embedding", a_request(prompt="a word", embeddings=embeddings))
+
+    assert of_lora.value.details["index"] == 2
+    assert "field" not in of_lora.value.details
+    place = {"index": 0, "field": "embeddings"}
+    assert of_embedding.value.details.items() >= place.items()
 
 
 @pytest.mark.parametrize(

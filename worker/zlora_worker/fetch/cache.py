@@ -11,12 +11,13 @@
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Final, Literal, Self
+from types import MappingProxyType
+from typing import Any, Final, Literal, Self
 
 from zlora.errors import (
     CacheFull,
@@ -26,6 +27,7 @@ from zlora.errors import (
     LoraNotFound,
     LoraUnreachable,
     NotSafetensors,
+    naming_file,
 )
 from zlora.lora.peft_config import MAX_CONFIG, lacks_alpha
 from zlora.lora.safetensors_header import read_header
@@ -102,6 +104,7 @@ class Cache:
         assets: Sequence[Asset],
         *,
         images: Sequence[Asset] = (),
+        places: Mapping[Asset, Mapping[str, Any]] = MappingProxyType({}),
         since: float | None = None,
         on_bytes: OnBytes | None = None,
     ) -> Iterator[list[CachedFile]]:
@@ -111,7 +114,8 @@ class Cache:
 
         A source that has answered since `since` (epoch seconds; now by default) is not asked again.
         `on_bytes` is called with the received and the expected bytes of a download; an exception
-        that it raises ends the download. Raises a `LoraError` if a file cannot be had.
+        that it raises ends the download. Raises a `LoraError` if a file cannot be had, with the
+        details that `places` has for it.
         """
         since = time.time() if since is None else since
         on_bytes = on_bytes or _ignore
@@ -121,11 +125,12 @@ class Cache:
                 for index, asset in enumerate((*assets, *images)):
                     start = time.monotonic()
                     kind: Kind = "lora" if index < len(assets) else "image"
-                    sha256, tier = self._find(asset, held, since, on_bytes, kind=kind)
-                    path = self.file(sha256)
                     config_sha256 = None
-                    if kind == "lora":
-                        config_sha256 = self._find_config(asset, path, held, since, on_bytes)
+                    with naming_file(**places.get(asset, {})):
+                        sha256, tier = self._find(asset, held, since, on_bytes, kind=kind)
+                        path = self.file(sha256)
+                        if kind == "lora":
+                            config_sha256 = self._find_config(asset, path, held, since, on_bytes)
                     config = None
                     if config_sha256 not in (None, NO_CONFIG):
                         with self.file(config_sha256).open("rb") as opened:
