@@ -31,6 +31,10 @@ class Denoising:
         self.base_scheduler = pipeline.scheduler  # each request has its own, made from this one
         self._pipeline, self._family = pipeline, family
         self._patch, self._previews, self._vae = patch, previews, vae
+        denoiser = getattr(pipeline, family.denoiser)
+        self._channels: int = denoiser.config.in_channels
+        # Looked up once: diffusers walks all modules for each of them.
+        self._device, self.dtype = denoiser.device, denoiser.dtype
 
     def draw(
         self,
@@ -189,12 +193,11 @@ class Denoising:
 
     def _noise(self, width: int, height: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Draw the initial latents, in fp32 on the CPU: a seed is the same noise on any device."""
-        denoiser = getattr(self._pipeline, self._family.denoiser)
         factor = self._pipeline.vae_scale_factor
-        shape = (1, denoiser.config.in_channels, height // factor, width // factor)
+        shape = (1, self._channels, height // factor, width // factor)
         rows = [torch.randn(shape, generator=each, dtype=torch.float32) for each in generators]
-        dtype = torch.float32 if self._family.has_fp32_latents else denoiser.dtype
-        return torch.cat(rows).to(denoiser.device, dtype)
+        dtype = torch.float32 if self._family.has_fp32_latents else self.dtype
+        return torch.cat(rows).to(self._device, dtype)
 
 
 def _strength_of_whole_steps(request: GenerateRequest) -> float:

@@ -305,7 +305,7 @@ class Pipeline:
     @property
     def machine(self) -> Machine:
         """Conditions under which this pipeline draws at present."""
-        dtype = str(self._denoiser.dtype).removeprefix("torch.")
+        dtype = str(self.denoising.dtype).removeprefix("torch.")
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
             return Machine(name, dtype, None, self._compile_mode)
