@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
+import httpx
 import pytest
 from support.http_server import Server, running, write_keys
 from support.processes import wait_until
@@ -166,14 +167,14 @@ def test_the_bodies_of_a_tenant_leave_room_for_others(broker_url: str, tmp_path:
     ):
         with ExitStack() as stack:
 
-            def is_refused() -> bool:
+            def refusal() -> httpx.Response | None:
                 """Hold one body more, which may itself be refused, and send a whole one."""
                 half = stack.enter_context(opened(server))
                 half.sendall(POST + head.encode() + content[:-1])
-                return one.post("/v1/jobs", content=content).status_code == 429
+                answer = one.post("/v1/jobs", content=content)
+                return answer if answer.status_code == 429 else None
 
-            wait_until(is_refused, "a bound")
-            refused = one.post("/v1/jobs", content=content)
+            refused = wait_until(refusal, "a bound")
             taken = two.post("/v1/jobs", content=content)
         wait_until(lambda: one.post("/v1/jobs", content=content).status_code == 202, "room")
 
@@ -189,12 +190,12 @@ def test_open_requests_are_bounded(server: Server) -> None:
         wait = f"GET /v1/jobs/{job_id}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         with ExitStack() as stack:
 
-            def is_full() -> bool:
+            def refusal() -> httpx.Response | None:
                 stack.enter_context(opened(server)).sendall(wait)
-                return client.get("/v1/jobs").status_code == 503
+                answer = client.get("/v1/jobs")
+                return answer if answer.status_code == 503 else None
 
-            wait_until(is_full, "the server is full of requests")
-            refused = client.get("/v1/jobs")
+            refused = wait_until(refusal, "the server is full of requests")
             assert refused.json()["code"] == "overloaded"
             assert int(refused.headers["Retry-After"]) > 0
             assert client.get("/health/live").status_code == 200
