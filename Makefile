@@ -141,8 +141,8 @@ cycles: $(VENV)/dev.stamp
 	ZLORA_CYCLES=500 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 --timeout 1800 \
 	    tests/unit/worker/test_cycles.py
 
-# A hundred changes of the base model with LoRAs, failures and signals, for each mode of the patch, and a third of that
-# for bases that are read from disk; prints how many bits were wrong.
+# A hundred changes of the base model with LoRAs, failures and signals, for each mode of the patch, and fewer
+# of bases that are read from disk; prints how many bits were wrong.
 changes: $(VENV)/dev.stamp
 	ZLORA_BASE_CHANGES=100 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN)/pytest -n 0 --timeout 600 \
 	    tests/unit/worker/test_bases.py
