@@ -123,7 +123,7 @@ class _EndpointApp:
 
 
 class Server:
-    """What the routes share."""
+    """The client, the API keys and the limits that all endpoints share."""
 
     def __init__(self, settings: ServerSettings) -> None:
         """Take the settings; raise `InvalidSetting` if the file of API keys cannot be read."""

@@ -1,4 +1,4 @@
-"""What holds for all requests and answers, before and after the endpoint of any API."""
+"""Middleware of all endpoints: checks headers and origins of requests, adds headers to answers."""
 
 from typing import Final
 

@@ -30,7 +30,8 @@ _ENDS: Final = (re.compile(r"[.,;:]</w>"), re.compile(r".*</w>", re.DOTALL))
 _TAG: Final = re.compile(r"<(?:lora|lyco):[^<>]+>")
 _TAG_IS_TEXT: Final = "`<lora:...>` is text: only with prompt_syntax a1111 it names a LoRA"
 _LEAST_WEIGHT: Final = 1e-5  # of a fragment that is blended: at 0 its counterpart would be infinite
-_STAND_IN: Final = 0  # token in the place of a vector; that of the end tells CLIP where to pool
+# Token at the place of an embedding's vector. Not the end token: CLIP pools at the first of those.
+_STAND_IN: Final = 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
